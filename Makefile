@@ -1,0 +1,69 @@
+# Needs only Python 3.10 or newer (3.11 is tested), make and git. Everything is installed into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH := 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A GPU machine gets the CUDA build, any other the CPU build, which is a tenth of its size.
+BUILD := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+TORCH_STAMP := $(VENV)/.torch-$(TORCH)-$(BUILD)
+JOB_STAMP := $(VENV)/.installed-job
+DEV_STAMP := $(VENV)/.installed-dev
+CONFIG ?= configs/recipes/quickstart.yaml
+PYTEST_ARGS ?=
+
+.PHONY: help quickstart test test-all lint format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+quickstart: $(JOB_STAMP) ## set up and fine-tune on handwritten digits, AdamW beside SPD (minutes, CPU is enough)
+	$(BIN)/sharded-spd finetune $(CONFIG)
+
+test: $(DEV_STAMP) ## set up and run the quick tests
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(DEV_STAMP) ## set up and run every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP) ## style, formatting, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV_STAMP) ## reformat and mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove .venv and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and by itself. The CPU build is taken from wherever pip is set up to look, else from torch's own
+# index, else (systems whose plain build is the CPU one) as the plain version.
+$(TORCH_STAMP):
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed, got: $(PYTHON). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+ifeq ($(BUILD),cpu)
+	@echo "torch $(TORCH): the CPU build (no NVIDIA GPU seen)"
+	$(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install -q "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu \
+	  || $(PIP) install -q "torch==$(TORCH)"
+else
+	$(PIP) install -q "torch==$(TORCH)"
+endif
+	@touch $@
+
+$(JOB_STAMP): pyproject.toml $(TORCH_STAMP)
+	$(PIP) install -q -e ".[job]" "torch==$(TORCH)"
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
+	$(PIP) install -q -e ".[job,test,dev]" "torch==$(TORCH)"
+	@touch $@ $(JOB_STAMP)
