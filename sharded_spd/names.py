@@ -1,0 +1,121 @@
+"""Names of layers: what wrappers add to them, and which tensor of a checkpoint a layer is."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from sharded_spd.errors import AnchorError
+
+_WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fpw_module", "_fsdp_wrapped_module", "_orig_mod"})
+_DDP = "module."
+_PEFT = "base_model.model."
+# A module that PEFT trains whole: its copy and its original both started from the checkpoint's tensor.
+_PEFT_COPY = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
+_PEFT_BASE = re.compile(r"\.base_layer(?=\.)")
+
+
+def clean_fqn(name: str) -> str:
+    """Drop the components that wrappers insert anywhere: FSDP1, fairscale, torch.compile, checkpointing.
+
+    `module.` and PEFT's names stay, because a user's own submodule may be called so; see `match_names`.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def match_names(wanted: Sequence[str], available: Collection[str]) -> dict[str, str]:
+    """Find the checkpoint's name of each wanted layer; a layer that it lacks is not in the result.
+
+    Tried in this order, the first that holds wins: the exact name; the name without wrappers; without what
+    DDP and PEFT put in (`module.` only where every name begins with it); and, for layers that are still
+    missing, one leading component more or less, as between a Hugging Face model and its base model, if a
+    single such change explains more layers than the names as they are.
+
+    Raises:
+        AnchorError: a layer could be several tensors, or several layers would be the same tensor.
+    """
+    found = {name: name for name in wanted if name in available}
+    cleaned = {name: clean_fqn(name) for name in available}
+    _join(found, {name: clean_fqn(name) for name in wanted}, cleaned)
+    plain_wanted, plain_available = _plain(wanted), _plain(available)
+    _join(found, plain_wanted, plain_available)
+    missing = {name: plain for name, plain in plain_wanted.items() if name not in found}
+    if missing:
+        found.update(_by_base_prefix(missing, plain_wanted, found, plain_available))
+    _refuse_shared(found)
+    return {name: found[name] for name in wanted if name in found}
+
+
+def _plain(names: Collection[str]) -> dict[str, str]:
+    """Each name without all that wrappers, DDP and PEFT put in."""
+    plain = {name: clean_fqn(name) for name in names}
+    while plain and all(value.startswith(_DDP) for value in plain.values()):
+        plain = {name: value.removeprefix(_DDP) for name, value in plain.items()}
+    return {
+        name: _PEFT_BASE.sub("", _PEFT_COPY.sub("", value.removeprefix(_PEFT)))
+        for name, value in plain.items()
+    }
+
+
+def _join(found: dict[str, str], wanted: Mapping[str, str], available: Mapping[str, str]) -> None:
+    """Add to `found` (modified in place) the layers whose key is that of one available tensor."""
+    by_key = _grouped(available)
+    for name, key in wanted.items():
+        if name in found or key not in by_key:
+            continue
+        if len(by_key[key]) > 1:
+            names = ", ".join(sorted(by_key[key]))
+            raise AnchorError(f"{name}: could be any of {names} of the checkpoint; rename the tensors there")
+        found[name] = by_key[key][0]
+
+
+def _by_base_prefix(
+    missing: Mapping[str, str],
+    wanted: Mapping[str, str],
+    found: Mapping[str, str],
+    available: Mapping[str, str],
+) -> dict[str, str]:
+    """Match by one leading component more or less, the same for all layers that it concerns."""
+    by_key = {key: names[0] for key, names in _grouped(available).items() if len(names) == 1}
+    heads = {key.partition(".")[0] for key in by_key if "." in key}
+    trials: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, plain in missing.items():
+        head, _, rest = plain.partition(".")
+        if rest in by_key:
+            trials[f"without {head!r}"][name] = by_key[rest]
+        for prefix in heads:
+            if f"{prefix}.{plain}" in by_key:
+                trials[f"with {prefix!r} in front"][name] = by_key[f"{prefix}.{plain}"]
+    taken = set(found.values())
+    settled = {wanted[name].partition(".")[0] for name in found}
+    plausible = {
+        change: hits
+        for change, hits in trials.items()
+        if len(hits) > len(found)
+        and taken.isdisjoint(hits.values())
+        and settled.isdisjoint(wanted[name].partition(".")[0] for name in hits)
+    }
+    if len(plausible) > 1:
+        example = ", ".join(f"{change}: {len(hits)} layers" for change, hits in sorted(plausible.items()))
+        raise AnchorError(
+            f"the layers' names fit the checkpoint in more than one way ({example}); rename the tensors there"
+        )
+    return next(iter(plausible.values()), {})
+
+
+def _refuse_shared(found: Mapping[str, str]) -> None:
+    """Raise if two layers would be one tensor, unless PEFT made one a copy of the other."""
+    for key, names in _grouped(found).items():
+        if len({_PEFT_COPY.sub("", clean_fqn(name)) for name in names}) > 1:
+            raise AnchorError(
+                f"{', '.join(names)}: all would be {key} of the checkpoint; rename the tensors there"
+            )
+
+
+def _grouped(keys: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by their key."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, key in keys.items():
+        groups[key].append(name)
+    return dict(groups)
