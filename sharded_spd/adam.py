@@ -1,0 +1,245 @@
+"""AdamSPD: Adam whose layers are projected toward their anchors; a `torch.optim.Optimizer` in every respect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim.adam import Adam, adam
+
+from sharded_spd.engines.plain import ParameterAdapter
+from sharded_spd.errors import AnchorError, BindingError, ConfigError
+from sharded_spd.projector import Projector
+from sharded_spd.rules import Rule, make_rule
+from sharded_spd.sources import GroupResolver, GroupSpec, Source, open_source, source_name
+
+
+class AdamSPD(Adam):
+    """Adam (Kingma and Ba, 2015) with Selective Projection Decay (arXiv 2411.01713) of every layer.
+
+    After Adam's tentative step w~: w <- w~ - lambda * r * (w~ - w0) where c = -<g, w - w0> < 0, else w~;
+    r = clamp((|w~ - w0| - |w - w0|) / |w~ - w0|, 0, 1). lambda 0 is exactly `torch.optim.Adam`. Parameters may be
+    plain tensors or DTensors (FSDP2, HSDP, tensor parallelism); each rank keeps its shard of the anchor only.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups; a group may hold "pre", a list of anchors, or None for zero,
+            and its own weight_decay, max_pull, anchor and rule.
+        lr: learning rate, a float or a 0-d tensor.
+        betas: decay of the two moments.
+        eps: added to the denominator.
+        weight_decay: lambda, the strength of the pull; not multiplied by lr.
+        amsgrad: use the maximum of the second moments.
+        maximize: ascend.
+        foreach: torch's multi-tensor implementation.
+        capturable: allow capture in a CUDA graph.
+        anchor: "snapshot" (the weights now), "deferred" (bound later by `bind()`), "zero", the path of a safetensors
+            checkpoint, or an `AnchorStore`.
+        rule: "spd", "l2sp", "decay" (torch AdamW's decay, for a new head), "none", or an instance of a rule.
+        fused: torch's fused implementation.
+        model: gives the parameters their names, where they come without.
+        max_pull: upper bound of the pull lambda * r; 1.0 never overshoots the anchor.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range, an unknown rule, or an anchor that does not fit.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        anchor: Source = "snapshot",
+        rule: str | Rule = "spd",
+        fused: bool | None = None,
+        model: Module | None = None,
+        max_pull: float | None = None,
+    ) -> None:
+        self._own_defaults = {"max_pull": max_pull, "anchor": anchor, "rule": rule}
+        self._specs: list[GroupSpec] = []
+        self._deferred = False
+        self._projector: Projector | None = None
+        # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
+        adapter = ParameterAdapter([self], model)
+        self._model_names = dict(adapter.names)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            fused=fused,
+        )
+        self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=self._deferred)
+        self._after_bind()
+
+    @property
+    def projector(self) -> Projector:
+        """Metrics, rule state (a `Stateful`) and binding."""
+        if self._projector is None:
+            raise BindingError("this AdamSPD is not constructed yet")
+        return self._projector
+
+    def bind(self, model: Module | None = None) -> None:
+        """Bind the anchors, or bind anew after sharding; see `Projector.bind`."""
+        self.projector.bind(model)
+        self._after_bind()
+
+    def _after_bind(self) -> None:
+        if not self.projector.bound:
+            return
+        for spec, group, fingerprint in zip(
+            self._specs, self.param_groups, self._fingerprints(), strict=True
+        ):
+            group["anchor_fingerprint"] = fingerprint
+            if spec.pre is not None:  # bound: this rank's shard is kept, the user's tensors are let go
+                spec.pre, spec.anchor = None, "snapshot"
+
+    def _fingerprints(self) -> list[str]:
+        return [self.projector.group_fingerprint(group) for group in self.param_groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, and bind its anchors at once where the others are bound.
+
+        Raises:
+            ValueError: for a negative lambda, an unknown rule, or `pre` of another length than `params`.
+        """
+        group = {**self._own_defaults, **param_group}
+        zero_pre = "pre" in group and group["pre"] is None
+        pre = None if group.get("pre") is None else list(group["pre"])
+        group.pop("pre", None)
+        params = group["params"]
+        if not isinstance(params, (Tensor, set)):
+            group["params"] = params = self._with_names(list(params))
+        if pre is not None and len(pre) != len(params):
+            raise AnchorError(
+                f"group {len(self.param_groups)} has {len(params)} parameters but {len(pre)} anchors in 'pre'; wanted "
+                "one anchor per parameter, in the same order, or pre=None for zero"
+            )
+        for key in ("weight_decay", "max_pull"):
+            _check_strength(key, group.get(key))
+        rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
+        spec = GroupSpec(rule, open_source("snapshot" if pre is not None else source), pre)
+        group["rule"], group["anchor"] = rule.name, "pre" if pre is not None else source_name(source)
+        super().add_param_group(group)
+        self._specs.append(spec)
+        self._deferred |= group["anchor"] == "deferred"
+        if self._projector is not None and self._projector.bound:
+            self.bind()
+
+    def _with_names(self, params: list[Any]) -> list[Any]:
+        if self._model_names and all(isinstance(p, Tensor) and p in self._model_names for p in params):
+            return [(self._model_names[p], p) for p in params]
+        return params
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of Adam, and the projection.
+
+        Raises:
+            BindingError: where gradients are there and the anchors are not bound, or parameters were swapped.
+            UnsupportedError: for a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.projector.before_step(self)
+        for group in self.param_groups:
+            self._adam(group)
+        self.projector.after_step(self)
+        return loss
+
+    def _adam(self, group: dict[str, Any]) -> None:
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        has_complex = self._init_group(group, *lists)
+        adam(
+            *lists,
+            amsgrad=group["amsgrad"],
+            has_complex=has_complex,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,  # lambda is the projection's, not Adam's
+            eps=group["eps"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+            fused=group["fused"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Adam's; a rule that has state adds it under "projector"."""
+        result = super().state_dict()
+        own = self.projector.state_dict()
+        return {**result, "projector": own} if own["layers"] else result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore moments, group scalars and rule state; rule and anchor stay those of this optimizer.
+
+        Raises:
+            AnchorError: where the checkpoint was written with another anchor.
+        """
+        if self.projector.bound:
+            for i, (group, own) in enumerate(
+                zip(state_dict["param_groups"], self._fingerprints(), strict=False)
+            ):
+                saved = group.get("anchor_fingerprint", own)
+                if saved != own:
+                    raise AnchorError(
+                        f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this optimizer has "
+                        f"{own}: another pre-trained model, or weights loaded before the anchor was taken; build the "
+                        "optimizer on the pre-trained weights, then load the checkpoint"
+                    )
+        kept = [(group["rule"], group["anchor"]) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, (rule, anchor) in zip(self.param_groups, kept, strict=True):
+            group["rule"], group["anchor"] = rule, anchor
+        if "projector" in state_dict:
+            self.projector.load_state_dict(state_dict["projector"])
+        self._after_bind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: Adam's, and this rank's shards of the anchors."""
+        own = {name: getattr(self, name) for name in ("_own_defaults", "_specs", "_deferred")}
+        anchors, state = self.projector.export_anchors(), self.projector.state_dict()
+        return {**super().__getstate__(), **own, "_anchors": anchors, "_rule_state": state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, or (called by `load_state_dict`) only moments and groups."""
+        anchors, rule_state = state.pop("_anchors", None), state.pop("_rule_state", {})
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("max_pull", None)
+        if anchors is not None:
+            self._model_names = {}
+            adapter = ParameterAdapter([self])
+            self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True)
+            self._projector.adopt(anchors, rule_state)
+            if self.defaults.get("fused"):
+                self._step_supports_amp_scaling = True
+
+
+def _check_strength(key: str, value: Any) -> None:
+    if value is None or isinstance(value, Tensor):
+        return
+    if not (math.isfinite(value) and (value > 0 or (value == 0 and key == "weight_decay"))):
+        wanted = "a finite number >= 0 (lambda)" if key == "weight_decay" else "a finite number > 0, or None"
+        raise ConfigError(f"got {key} {value}; wanted {wanted}")

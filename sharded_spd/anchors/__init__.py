@@ -1,0 +1,7 @@
+"""Where pre-trained values come from: tensors at hand, zero, or a safetensors checkpoint."""
+
+from sharded_spd.anchors.base import AnchorStore
+from sharded_spd.anchors.files import FileAnchor
+from sharded_spd.anchors.memory import TensorAnchor, ZeroAnchor
+
+__all__ = ["AnchorStore", "FileAnchor", "TensorAnchor", "ZeroAnchor"]

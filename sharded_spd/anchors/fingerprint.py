@@ -1,0 +1,71 @@
+"""A fingerprint of values that does not depend on how they are split, nor on a lossless dtype.
+
+Per layer and seed: the sum modulo 2^64, over its elements, of mix64(seed, flat index, bits of the value as float32).
+The sums of shards add up to the sum of the whole, so one int64 all-reduce settles all layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sharded_spd.layout import FlatRange, ShardSlice
+
+SEEDS = (0x5350445F616E6368, 0x6F725F7368617264)
+_CHUNK = 1 << 18
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def _signed(x: int) -> int:
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64; arithmetic is modulo 2^64."""
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(multiplier)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _flat_indices(
+    piece: ShardSlice, shape: tuple[int, ...], begin: int, end: int, device: torch.device
+) -> Tensor:
+    """Index in the flattened layer of elements `[begin, end)` of the slice, int64."""
+    local = torch.arange(begin, end, device=device)
+    if isinstance(piece.region, FlatRange):
+        return local + piece.region.start
+    index = torch.zeros_like(local)
+    for dim in range(len(shape)):
+        inner = prod(piece.region.sizes[dim + 1 :])
+        coordinate = local // inner % piece.region.sizes[dim] + piece.region.offsets[dim]
+        index += coordinate * prod(shape[dim + 1 :])
+    return index
+
+
+@torch.no_grad()
+def slice_fingerprint(values: Tensor | None, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor:
+    """This slice's part of the layer's fingerprint, int64 `[2]`; `values` `[piece.numel]`, None for zero."""
+    total = torch.zeros(len(SEEDS), dtype=torch.int64, device=values.device if values is not None else "cpu")
+    if values is None:
+        return total
+    for begin in range(0, piece.numel, _CHUNK):
+        chunk = values[begin : begin + _CHUNK]
+        # + 0.0 turns -0 into 0: they are the same weight.
+        bits = (chunk.float() + 0.0).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        index = _flat_indices(piece, shape, begin, begin + chunk.numel(), chunk.device)
+        keyed = _mix64(index) ^ bits
+        total += torch.stack([_mix64(keyed + seed).sum() for seed in SEEDS])
+    return total
+
+
+def combine(fingerprints: Mapping[str, tuple[int, ...]]) -> str:
+    """One hexadecimal fingerprint, 128 bits, of the layers' own, keyed by FQN and independent of their order."""
+    digest = hashlib.sha256()
+    for fqn in sorted(fingerprints):
+        digest.update(f"{fqn}:{','.join(str(x) for x in fingerprints[fqn])};".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,71 @@
+"""Anchors that are at hand already: tensors given by the user, and zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sharded_spd.errors import AnchorError
+from sharded_spd.layout import FlatRange, ShardSlice
+
+
+class ZeroAnchor:
+    """Every layer is anchored at zero, which takes no memory."""
+
+    source = "zero"
+
+    def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Zero fits every layer."""
+        return []
+
+    def fetch(self, piece: ShardSlice) -> Tensor | None:
+        """None, which stands for zero."""
+        return None
+
+
+class TensorAnchor:
+    """Anchors from tensors by FQN: whole ones, or DTensors placed as the parameter is; None stands for zero."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | None], source: str = "tensors") -> None:
+        self.source = source
+        self._tensors = tensors
+
+    def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """One sentence for each layer that has no tensor, or one of another shape."""
+        result = []
+        for fqn, shape in shapes.items():
+            if fqn not in self._tensors:
+                result.append(f"{fqn}: no anchor tensor given")
+                continue
+            tensor = self._tensors[fqn]
+            if tensor is not None and tuple(tensor.shape) != shape:
+                result.append(f"{fqn}: anchor has shape {tuple(tensor.shape)}, the layer {shape}")
+        return result
+
+    @torch.no_grad()
+    def fetch(self, piece: ShardSlice) -> Tensor | None:
+        """A copy of the values of `piece`, `[piece.numel]`.
+
+        Raises:
+            AnchorError: for a DTensor that is not distributed as the layer is.
+        """
+        tensor = self._tensors[piece.layer]
+        if tensor is None:
+            return None
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            if local.numel() != piece.numel:
+                raise AnchorError(
+                    f"layer {piece.layer!r}: the anchor is a DTensor with {local.numel()} elements on this rank "
+                    f"({tensor.placements}), the layer has {piece.numel}; distribute the anchor as the layer is, or "
+                    "give the whole tensor"
+                )
+            return local.detach().reshape(-1).clone()
+        tensor = tensor.detach()
+        if isinstance(piece.region, FlatRange):
+            return tensor.reshape(-1)[piece.region.start : piece.region.start + piece.numel].clone()
+        box = tuple(slice(o, o + n) for o, n in zip(piece.region.offsets, piece.region.sizes, strict=True))
+        return tensor[box].reshape(-1).clone()

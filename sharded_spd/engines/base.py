@@ -1,0 +1,70 @@
+"""The seam between the projector and an engine: layout only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from sharded_spd.layout import BoundShard, ShardLayout
+
+
+class EngineAdapter(Protocol):
+    """Which elements of which layer this rank holds, and over which process groups to sum."""
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """The optimizers that the engine really steps."""
+        ...
+
+    @property
+    def named(self) -> bool:
+        """Whether the FQNs are the model's; False where parameters came without names and have made-up ones."""
+        ...
+
+    @property
+    def agreement_groups(self) -> Sequence[ProcessGroup]:
+        """Groups whose ranks run this code together, in the same order on all of them."""
+        ...
+
+    def layout(self, model: Module | None = None) -> ShardLayout | None:
+        """Describe the parameters as they are now; None while they hold no values yet (meta, not yet sharded)."""
+        ...
+
+    def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
+        """What `optimizer` updates on this rank, now; `grads=True` only right before its step.
+
+        Raises:
+            BindingError: for a parameter that the last `layout()` did not describe.
+        """
+        ...
+
+    def boundary(self, optimizer: Optimizer) -> bool:
+        """Whether this is the last inner call of an engine step."""
+        ...
+
+    def export(self, fqn: str, local: Tensor) -> Tensor:
+        """State of this rank's shard of a layer, `[numel]`, as a tensor that checkpoint libraries can reshard."""
+        ...
+
+    def restore(self, fqn: str, saved: Tensor) -> Tensor:
+        """The inverse of `export`: this rank's shard, `[numel]`."""
+        ...
+
+
+def made_up_name(group: int, index: int) -> str:
+    """The name of a parameter that came without one."""
+    return f"param_groups[{group}].params[{index}]"
+
+
+def group_names(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str | None]]:
+    """The FQN of each parameter of each group: the model's, else the group's `param_names`, else None."""
+    result: list[list[str | None]] = []
+    for group in optimizer.param_groups:
+        own = group.get("param_names")
+        result.append([names.get(p, own[i] if own else None) for i, p in enumerate(group["params"])])
+    return result

@@ -1,0 +1,93 @@
+"""How a DTensor parameter (FSDP2, HSDP, tensor parallelism) lies on this rank. A plain tensor is its own shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+from sharded_spd.errors import UnsupportedError
+from sharded_spd.layout import Box, FlatRange, ShardSlice
+
+
+@torch.no_grad()
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing its storage."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+        if isinstance(tensor, AsyncCollectiveTensor):
+            tensor = tensor.wait()
+    return tensor.detach()
+
+
+def shard_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
+    """The groups of the mesh axes that split the tensor, in mesh order.
+
+    Asks `is_replicate`, since a strided shard is no `Shard` and says False to `is_shard()`.
+    """
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for axis, placement in enumerate(tensor.placements):
+            if not placement.is_replicate() and mesh.size(axis) > 1:
+                yield mesh.get_group(axis)
+
+
+def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
+    """The slice that `tensor` holds of layer `fqn` on this rank.
+
+    Raises:
+        UnsupportedError: for placements whose local part is no single block of the layer.
+    """
+    if not isinstance(tensor, DTensor):
+        return ShardSlice(fqn, 0, tensor.numel(), FlatRange(0))
+    if any(p.is_partial() for p in tensor.placements):
+        raise UnsupportedError(
+            f"layer {fqn!r} is a parameter with placements {tensor.placements}; wanted Replicate or Shard: "
+            "redistribute the parameter before it is given to the optimizer"
+        )
+    chunks = tensor.__create_chunk_list__()
+    numel = local_tensor(tensor).numel()
+    box = chunks[0]
+    if len(chunks) != 1 or prod(box.sizes) != numel:
+        raise UnsupportedError(
+            f"layer {fqn!r} with placements {tensor.placements} on {tensor.device_mesh} holds {numel} elements on "
+            f"this rank that are not one block of the layer (got {chunks}); wanted a contiguous shard"
+        )
+    return ShardSlice(fqn, 0, numel, Box(tuple(box.offsets), tuple(box.sizes)))
+
+
+@torch.no_grad()
+def aligned_grad(param: Tensor) -> Tensor | None:
+    """This rank's part of the gradient in the parameter's own placements.
+
+    A gradient placed otherwise (Partial under tensor parallelism) is redistributed once, and put back into `.grad`:
+    the base optimizer would pay for the same collective again.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    if isinstance(param, DTensor):
+        if not isinstance(grad, DTensor):
+            raise UnsupportedError(
+                f"got a gradient of type {type(grad).__name__} for a DTensor parameter of shape {tuple(param.shape)}; "
+                "wanted a DTensor: leave .grad to autograd, or wrap it with DTensor.from_local"
+            )
+        if grad.placements != param.placements:
+            grad = grad.redistribute(placements=param.placements)
+            param.grad = grad
+    return local_tensor(grad)
+
+
+def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
+    """Give a local shard `[numel]` the distribution of `like`."""
+    local = local.view(local_tensor(like).shape)
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

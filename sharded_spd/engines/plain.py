@@ -1,0 +1,161 @@
+"""Engines whose optimizer holds the model's own parameters: one process, DDP, FSDP2, HSDP, tensor parallelism.
+
+Plain tensors and DTensors, on any meshes, may mix in one optimizer: each parameter describes itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sharded_spd.engines.base import group_names, made_up_name
+from sharded_spd.engines.dtensor import aligned_grad, as_dtensor, local_tensor, shard_groups, whole_slice
+from sharded_spd.errors import BindingError, UnsupportedError
+from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
+from sharded_spd.names import clean_fqn
+
+
+class ParameterAdapter:
+    """Describes the parameters in the groups of `optimizers`; names come from `model`, else from `param_names`."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], model: Module | None = None) -> None:
+        self.optimizers: Sequence[Optimizer] = tuple(optimizers)
+        self.named = False
+        self.names: dict[Tensor, str] = {}
+        self._slices: dict[Tensor, ShardSlice] = {}
+        self._params: dict[str, Tensor] = {}
+        self._scopes: list[Scope] = []
+        self._ddp_group: ProcessGroup | None = None
+        self._learn_names(model)
+
+    def _learn_names(self, model: Module | None) -> None:
+        if model is None:
+            return
+        if isinstance(model, DistributedDataParallel):
+            self._ddp_group = model.process_group
+        # An FSDP2 root stays unsharded after a forward without backward; its named parameters are then not the
+        # sharded ones that the optimizer holds.
+        for module in model.modules():
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard) and hasattr(module, "set_reshard_after_backward"):
+                reshard()
+        self.names = {p: clean_fqn(name) for name, p in model.named_parameters()}
+
+    @property
+    def agreement_groups(self) -> Sequence[ProcessGroup]:
+        """The groups that shard some layer, and DDP's."""
+        groups = [scope.group for scope in self._scopes]
+        return [*groups, self._ddp_group] if self._ddp_group is not None else groups
+
+    def layout(self, model: Module | None = None) -> ShardLayout | None:
+        """Describe the parameters as they are now; None while some are on the meta device or empty shells.
+
+        Raises:
+            UnsupportedError: for a parameter that cannot be projected.
+            BindingError: for two parameters under one name, or one that the model does not have.
+        """
+        self._learn_names(model)
+        slices: dict[Tensor, ShardSlice] = {}
+        params: dict[str, Tensor] = {}
+        scopes: dict[str, tuple[ProcessGroup, list[str]]] = {}
+        self.named = True
+        for fqn, param, own_name in self._walk():
+            if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
+                return None
+            if param.is_complex() or not param.is_floating_point():
+                raise UnsupportedError(
+                    f"layer {fqn!r} has dtype {param.dtype}; wanted a real floating-point dtype"
+                )
+            if param in slices:
+                raise BindingError(
+                    f"layer {fqn!r} is in the optimizers twice; give every parameter to one group only"
+                )
+            if fqn in params:
+                raise BindingError(
+                    f"two parameters are named {fqn!r}; wanted one name each: pass model.named_parameters()"
+                )
+            self.named = self.named and own_name
+            slices[param], params[fqn] = whole_slice(fqn, param), param
+            for group in shard_groups(param):
+                scopes.setdefault(group.group_name, (group, []))[1].append(fqn)
+        self._slices, self._params = slices, params
+        self._scopes = [Scope(group, tuple(layers)) for group, layers in scopes.values()]
+        shapes = {fqn: tuple(p.shape) for fqn, p in params.items()}
+        return ShardLayout(tuple(params), shapes, tuple(self._scopes))
+
+    def _walk(self) -> Iterator[tuple[str, Tensor, bool]]:
+        several = len(self.optimizers) > 1
+        for o, optimizer in enumerate(self.optimizers):
+            prefix = f"optimizers[{o}]." if several else ""
+            names = group_names(optimizer, self.names)
+            for g, group in enumerate(optimizer.param_groups):
+                for i, param in enumerate(group["params"]):
+                    name = names[g][i]
+                    yield clean_fqn(name) if name else prefix + made_up_name(g, i), param, name is not None
+
+    def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
+        """The local shard, local gradient and slice of every parameter of `optimizer`, in group order.
+
+        Raises:
+            BindingError: for a parameter that `layout()` has not seen.
+            UnsupportedError: for a sparse gradient.
+        """
+        shards = []
+        for g, group in enumerate(optimizer.param_groups):
+            for i, param in enumerate(group["params"]):
+                piece = self._slices.get(param)
+                if piece is None:
+                    self._raise_unknown(optimizer, group, g, i)
+                    continue
+                if param.untyped_storage().size() == 0 and piece.numel and not isinstance(param, DTensor):
+                    self._raise_freed(piece.layer)
+                grad = self._grad(param, piece.layer) if grads else None
+                has_state = bool(optimizer.state.get(param))
+                local = local_tensor(param)
+                shards.append(BoundShard(local, grad, (piece,), group, param.requires_grad, has_state))
+        return shards
+
+    @staticmethod
+    def _grad(param: Tensor, fqn: str) -> Tensor | None:
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise UnsupportedError(
+                f"layer {fqn!r} has a sparse gradient ({param.grad.layout}); wanted a dense one: construct the "
+                "embedding with sparse=False"
+            )
+        return aligned_grad(param)
+
+    def _raise_unknown(self, optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int) -> None:
+        names = group.get("param_names")
+        name = names[i] if names else made_up_name(g, i)
+        raise BindingError(
+            f"parameter {name!r} (shape {tuple(group['params'][i].shape)}) of {type(optimizer).__name__} is not bound: "
+            "it was added, or put in place of another one, after binding; call bind() after sharding, after adding "
+            "groups, and before the next step"
+        )
+
+    @staticmethod
+    def _raise_freed(fqn: str) -> None:
+        raise BindingError(
+            f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed after use, "
+            "not its shard; build the optimizer right after fully_shard, or call model.reshard() before it is built"
+        )
+
+    def boundary(self, optimizer: Optimizer) -> bool:
+        """True at the last of the optimizers: those of one model are stepped in turn."""
+        return optimizer is self.optimizers[-1]
+
+    def export(self, fqn: str, local: Tensor) -> Tensor:
+        """A DTensor like the parameter, or the plain tensor in the parameter's shape."""
+        return as_dtensor(local, self._params[fqn])
+
+    def restore(self, fqn: str, saved: Tensor) -> Tensor:
+        """This rank's shard of what `export` gave."""
+        return local_tensor(saved).reshape(-1)

@@ -1,0 +1,73 @@
+"""Which elements of which layer this rank holds, and over which process groups to sum: frozen data, no behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRange:
+    """Elements `[start, start + numel)` of the flattened layer; `numel` stands in the `ShardSlice`."""
+
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The block `[offsets, offsets + sizes)` of the layer, one number per dim."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSlice:
+    """Elements `[offset, offset + numel)` of a bound tensor, contiguous, which are `region` of `layer` (an FQN)."""
+
+    layer: str
+    offset: int
+    numel: int
+    region: FlatRange | Box
+
+
+@dataclass(frozen=True, slots=True)
+class BoundShard:
+    """What the base optimizer updates on this rank, now.
+
+    `slices` has one entry per layer of the tensor on every rank, with `numel` 0 where this rank holds nothing of it,
+    so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's live group; `has_state`
+    says whether the base optimizer has stepped this tensor before.
+    """
+
+    tensor: torch.Tensor
+    grad: torch.Tensor | None
+    slices: tuple[ShardSlice, ...]
+    param_group: Mapping[str, Any]
+    requires_grad: bool = True
+    has_state: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """One process group and the layers summed over it."""
+
+    group: ProcessGroup
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """All layers of an engine, in model order, identical on all ranks of each scope.
+
+    A layer that is split along two mesh axes stands in two scopes, which are summed one after the other.
+    """
+
+    fqns: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    scopes: Sequence[Scope]

@@ -1,0 +1,147 @@
+"""What stays the same from step to step: which columns of the statistics are whose, and what is summed over whom.
+
+A plan belongs to the layers of one inner step, in the engine's order, which is the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sharded_spd.binding import Binding
+from sharded_spd.hostvec import HostVector
+from sharded_spd.layout import ShardSlice
+from sharded_spd.rules import LayerInfo, Rule
+from sharded_spd.stats import DELTA_SQ, Statistic, all_reduce_, row_count
+
+Phase = Literal["before", "after"]
+Key = tuple[Phase, Statistic]
+
+
+@dataclass(slots=True)
+class RulePart:
+    """The layers of a plan that one rule governs: their columns, and their rows one after the other."""
+
+    rule: Rule
+    fqns: tuple[str, ...]
+    columns: Tensor
+    row_lengths: Tensor
+    row_ranges: tuple[slice, ...]
+    num_rows: int
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_row_stats(self) -> bool:
+        """Whether any of its statistics is per row."""
+        return any(s.per == "row" for s in (*self.rule.spec.before, *self.rule.spec.after))
+
+    @property
+    def early(self) -> bool:
+        """Whether its statistics before the step are needed ahead of the base step."""
+        spec = self.rule.spec
+        return spec.edits_grad or (spec.when == "before" and bool(spec.before))
+
+    def keys(self, *, early: bool) -> list[Key]:
+        """The statistics to reduce ahead of the base step, or after it."""
+        before: list[Key] = [("before", s) for s in self.rule.spec.before] if self.early is early else []
+        after: list[Key] = [] if early else [("after", s) for s in self.rule.spec.after]
+        return before + after
+
+
+@dataclass(slots=True)
+class ScopeIndex:
+    """A scope's columns of the plan, and its rows of each rule part."""
+
+    group: ProcessGroup
+    columns: Tensor
+    rows: list[Tensor]
+
+
+class Plan:
+    """Columns, rows and scopes of the layers that step together."""
+
+    def __init__(self, fqns: Sequence[str], binding: Binding, device: torch.device) -> None:
+        self.fqns = tuple(fqns)
+        self.device = device
+        self.column = {fqn: i for i, fqn in enumerate(self.fqns)}
+        self.parts = self._make_parts(binding)
+        self.part_of = {fqn: (part, i) for part in self.parts for i, fqn in enumerate(part.fqns)}
+        self.scopes = self._make_scopes(binding)
+        self.guarded = binding.fresh & set(self.fqns)
+        self.vectors: defaultdict[str, HostVector] = defaultdict(lambda: HostVector(device))
+        self.shard_states: dict[str, dict[str, Tensor]] = {}
+        self.reports: dict[int, dict[str, Tensor]] = {}
+
+    def _make_parts(self, binding: Binding) -> list[RulePart]:
+        by_rule: dict[int, tuple[Rule, list[str]]] = {}
+        for fqn in self.fqns:
+            rule = binding.options[fqn].rule
+            by_rule.setdefault(id(rule), (rule, []))[1].append(fqn)
+        parts = []
+        for rule, fqns in by_rule.values():
+            shapes = [binding.layout.shapes[fqn] for fqn in fqns]
+            lengths = [row_count(shape) for shape in shapes]
+            ends = list(accumulate(lengths))
+            ranges = tuple(slice(end - n, end) for end, n in zip(ends, lengths, strict=True))
+            columns = torch.tensor([self.column[fqn] for fqn in fqns], device=self.device)
+            row_lengths = torch.tensor(lengths, device=self.device)
+            part = RulePart(rule, tuple(fqns), columns, row_lengths, ranges, ends[-1])
+            infos = [LayerInfo(fqn, shape) for fqn, shape in zip(fqns, shapes, strict=True)]
+            part.state = {name: t.to(self.device) for name, t in rule.prepare(infos).items()}
+            parts.append(part)
+        return parts
+
+    def _make_scopes(self, binding: Binding) -> list[ScopeIndex]:
+        scopes = []
+        for scope in binding.layout.scopes:
+            members = set(scope.layers)
+            columns = [i for i, fqn in enumerate(self.fqns) if fqn in members]
+            if not columns:
+                continue
+            rows = []
+            for part in self.parts:
+                index = [
+                    torch.arange(rows_of.start, rows_of.stop)
+                    for fqn, rows_of in zip(part.fqns, part.row_ranges, strict=True)
+                    if fqn in members
+                ]
+                rows.append((torch.cat(index) if index else torch.empty(0, dtype=torch.long)).to(self.device))
+            scopes.append(ScopeIndex(scope.group, torch.tensor(columns, device=self.device), rows))
+        return scopes
+
+    def shard_state(self, piece: ShardSlice, weight: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """The rule's state of one slice, `[piece.numel]` each, zero at first; at least float32."""
+        if piece.layer not in self.shard_states:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.shard_states[piece.layer] = {name: torch.zeros_like(weight, dtype=dtype) for name in names}
+        return self.shard_states[piece.layer]
+
+    def report(self, part: RulePart, s: Tensor, extra: dict[str, Tensor]) -> None:
+        """Keep what this step found for a part's layers, on the device."""
+        self.reports[self.parts.index(part)] = {"s": s, **extra}
+
+    def keys(self, *, early: bool) -> list[Key]:
+        """The statistics of all parts for one reduction, each once; the guard's while it is armed."""
+        keys = [key for part in self.parts for key in part.keys(early=early)]
+        if self.guarded and not early:
+            keys.append(("before", DELTA_SQ))
+        return list(dict.fromkeys(keys))
+
+    def reduce_(self, table: Tensor, rows: list[tuple[int, Tensor]]) -> None:
+        """Sum over every scope (modified in place): `table` `[num_stats, num_layers]` and (part index, rows) buffers."""
+        for scope in self.scopes:
+            pieces = [table[:, scope.columns].reshape(-1)]
+            pieces += [buffer[scope.rows[p]] for p, buffer in rows]
+            payload = torch.cat(pieces)
+            all_reduce_(payload, scope.group)
+            head, *tails = payload.split([piece.numel() for piece in pieces])
+            table[:, scope.columns] = head.view(table.shape[0], -1)
+            for (p, buffer), tail in zip(rows, tails, strict=True):
+                buffer[scope.rows[p]] = tail

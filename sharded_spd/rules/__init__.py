@@ -1,0 +1,49 @@
+"""Rules: how reduced statistics become the pull toward the anchor. Pure tensor maths, no engine, no collective."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from sharded_spd.errors import ConfigError
+from sharded_spd.rules.base import LayerInfo, Options, Rule, RuleSpec, Stats
+from sharded_spd.rules.decay import Decay, NoRule
+from sharded_spd.rules.l2sp import L2SP
+from sharded_spd.rules.spd import SPD
+
+__all__ = ["L2SP", "SPD", "Decay", "LayerInfo", "NoRule", "Options", "Rule", "RuleSpec", "Stats", "make_rule"]
+
+_RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (SPD, L2SP, Decay, NoRule)}
+
+
+def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rule:
+    """The rule of that name made with `options`; an instance is returned as it is.
+
+    Raises:
+        ConfigError: for an unknown name or an unknown option, with the nearest known one.
+    """
+    options = dict(options or {})
+    if not isinstance(rule, str):
+        if options:
+            raise ConfigError(
+                f"got rule_options {sorted(options)} beside the rule instance {rule!r}; pass the options to the "
+                "instance's constructor instead"
+            )
+        if not isinstance(getattr(rule, "spec", None), RuleSpec):
+            raise ConfigError(
+                f"got rule {rule!r}; wanted a rule's name ({', '.join(_RULES)}) or an instance of one"
+            )
+        return rule
+    if rule not in _RULES:
+        near = difflib.get_close_matches(rule, _RULES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown rule {rule!r}; wanted one of {', '.join(_RULES)}{hint}")
+    known = list(getattr(_RULES[rule], "__dataclass_fields__", {}))
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            wanted = f"one of {known}" if known else "none: this rule has no options"
+            raise ConfigError(f"unknown option {key!r} of rule {rule!r}; wanted {wanted}{hint}")
+    return _RULES[rule](**options)

@@ -1,0 +1,128 @@
+"""From what a user wrote to each layer's settings: param groups (AdamSPD) or a configuration (attach)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sharded_spd.anchors import AnchorStore, FileAnchor, TensorAnchor, ZeroAnchor
+from sharded_spd.binding import LayerSettings
+from sharded_spd.config import AnchorConfig, SPDConfig
+from sharded_spd.errors import ConfigError
+from sharded_spd.layout import ShardLayout
+from sharded_spd.options import resolve_layers
+from sharded_spd.rules import Rule, make_rule
+
+Source = str | os.PathLike[str] | AnchorStore
+
+
+def open_source(
+    source: Source, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", missing: Any = "raise"
+) -> AnchorStore | Literal["snapshot"]:
+    """The store of an anchor source; "deferred" is a snapshot that is taken later."""
+    if isinstance(source, AnchorStore):
+        return source
+    source = os.fspath(source)
+    if source in ("snapshot", "deferred"):
+        return "snapshot"
+    return ZeroAnchor() if source == "zero" else FileAnchor(source, dtype=dtype, missing=missing)
+
+
+def source_name(source: Source) -> str:
+    """How a source is called in a param group."""
+    return source.source if isinstance(source, AnchorStore) else os.fspath(source)
+
+
+def _refuse_unnamed(what: str, layout: ShardLayout) -> None:
+    raise ConfigError(
+        f"{what} needs the layers' names, but the parameters came without: {layout.fqns[0]!r} is made up; pass "
+        "model.named_parameters() to the optimizer, or model=..."
+    )
+
+
+@dataclass(slots=True)
+class GroupSpec:
+    """What a param group asked for that is no scalar. `pre`: anchors in the order of the group's parameters."""
+
+    rule: Rule
+    anchor: AnchorStore | Literal["snapshot"]
+    pre: Sequence[Tensor | None] | None = None
+
+
+class GroupResolver:
+    """Settings from an optimizer's own param groups."""
+
+    def __init__(self, optimizer: Optimizer, specs: Sequence[GroupSpec]) -> None:
+        self._optimizer = optimizer
+        self._specs = specs
+
+    def __call__(
+        self, layout: ShardLayout, owners: Mapping[str, Mapping[str, Any]], named: bool
+    ) -> dict[str, LayerSettings]:
+        """Each layer's settings; see `binding.Resolver`."""
+        settings: dict[str, LayerSettings] = {}
+        for spec, group in zip(self._specs, self._optimizer.param_groups, strict=True):
+            fqns = [fqn for fqn in layout.fqns if owners[fqn] is group]
+            anchor = spec.anchor
+            if spec.pre is not None:
+                anchor = TensorAnchor(dict(zip(fqns, spec.pre, strict=True)), source="pre")
+            elif isinstance(anchor, FileAnchor) and not named:
+                _refuse_unnamed(f"anchor {anchor.source}", layout)
+            settings.update({fqn: LayerSettings(rule=spec.rule, anchor=anchor) for fqn in fqns})
+        return settings
+
+
+class ConfigResolver:
+    """Settings from an `SPDConfig`."""
+
+    def __init__(self, config: SPDConfig) -> None:
+        self._config = config
+        self._rules: dict[str, Rule] = {}
+        self._stores: dict[str, AnchorStore | Literal["snapshot"]] = {}
+        make_rule(config.rule, config.rule_options)
+        for layer in config.layers:
+            if layer.rule is not None:
+                make_rule(layer.rule, layer.rule_options)
+
+    def __call__(
+        self, layout: ShardLayout, owners: Mapping[str, Mapping[str, Any]], named: bool
+    ) -> dict[str, LayerSettings]:
+        """Each layer's settings; see `binding.Resolver`."""
+        if self._config.layers and not named:
+            _refuse_unnamed("a pattern under layers", layout)
+        settings = {}
+        for fqn, own in resolve_layers(layout.fqns, self._config).items():
+            rule = self._rule(own.rule, own.rule_options)
+            anchor = self._store(own.anchor) if rule.spec.anchored else "snapshot"
+            if isinstance(anchor, FileAnchor) and not named:
+                _refuse_unnamed(f"anchor {anchor.source}", layout)
+            dtype = None if own.anchor.dtype == "auto" else getattr(torch, own.anchor.dtype)
+            settings[fqn] = LayerSettings(
+                rule=rule,
+                anchor=anchor,
+                weight_decay=own.weight_decay,
+                max_pull=own.max_pull,
+                anchor_dtype=dtype,
+                anchor_on_cpu=own.anchor.device == "cpu",
+            )
+        return settings
+
+    def _rule(self, rule: str | Rule, options: Mapping[str, Any]) -> Rule:
+        # One instance for all layers of a kind: the projector keeps one set of statistics per instance.
+        if not isinstance(rule, str):
+            return make_rule(rule, options)
+        return self._rules.setdefault(f"{rule}{sorted(options.items())}", make_rule(rule, options))
+
+    def _store(self, anchor: AnchorConfig) -> AnchorStore | Literal["snapshot"]:
+        if isinstance(anchor.source, AnchorStore):
+            return anchor.source
+        key = f"{anchor.source}:{anchor.dtype}"
+        if key not in self._stores:
+            self._stores[key] = open_source(anchor.source, anchor.dtype, self._config.anchor_missing)
+        return self._stores[key]

@@ -1,0 +1,115 @@
+"""Forming the statistics of one inner step: local sums slice by slice, then one reduction per scope."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_spd.binding import flat
+from sharded_spd.layout import BoundShard, ShardSlice
+from sharded_spd.plan import Key, Phase, Plan, RulePart
+from sharded_spd.rules import Stats
+from sharded_spd.stats import CHUNK, Block, RowSpan, Statistic, add_row_sums_, layer_sums
+
+
+@dataclass(slots=True)
+class Item:
+    """One slice that steps: its tensors (1-D) and where it stands in the plan and in its rule's part."""
+
+    shard: BoundShard
+    piece: ShardSlice
+    part: RulePart
+    index: int
+    column: int
+    grad_factor: float | Tensor
+    anchor: Tensor | None
+    spans: list[RowSpan]
+    state: dict[str, Tensor]
+    kept: Tensor | None = None
+
+    @property
+    def cut(self) -> slice:
+        """Where the slice lies in its flattened tensor."""
+        return slice(self.piece.offset, self.piece.offset + self.piece.numel)
+
+    def blocks(self, *, grads: bool) -> Iterator[tuple[slice, Block]]:
+        """The slice in chunks, as the tensors are now."""
+        weight = flat(self.shard.tensor)[self.cut]
+        grad = flat(self.shard.grad)[self.cut] if grads and self.shard.grad is not None else None
+        for begin in range(0, weight.numel(), CHUNK):
+            cut = slice(begin, min(begin + CHUNK, weight.numel()))
+            yield (
+                cut,
+                Block(
+                    weight=weight[cut],
+                    anchor=None if self.anchor is None else self.anchor[cut],
+                    raw_grad=None if grad is None else grad[cut],
+                    grad_factor=self.grad_factor,
+                    kept=None if self.kept is None else self.kept[cut],
+                    state={name: t[cut] for name, t in self.state.items()},
+                ),
+            )
+
+
+class Sums:
+    """The statistics `keys` of a plan, preceded by rows of `flags` `[num_flags, num_layers]`."""
+
+    def __init__(self, plan: Plan, keys: Sequence[Key]) -> None:
+        self._plan = plan
+        self._layer_keys = [k for k in keys if k[1].per == "layer"]
+        self._cells: dict[tuple[Key, int], Tensor] = {}
+        self._rows: dict[tuple[int, Key], Tensor] = {}
+        for p, part in enumerate(plan.parts):
+            for key in part.keys(early=True) + part.keys(early=False):
+                if key in keys and key[1].per == "row":
+                    self._rows[p, key] = torch.zeros(part.num_rows, dtype=torch.float64, device=plan.device)
+        self.flags = torch.empty(0)
+        self._table = torch.empty(0)
+
+    def add(self, phase: Phase, item: Item, wanted: Sequence[Statistic]) -> None:
+        """Add one slice's part of the statistics `wanted`."""
+        per_layer = tuple(s for s in wanted if s.per == "layer")
+        per_row = [s for s in wanted if s.per == "row"]
+
+        def blocks() -> Iterator[Block]:
+            for cut, block in item.blocks(grads=phase == "before"):
+                for stat in per_row:
+                    rows = self._rows[self._plan.parts.index(item.part), (phase, stat)]
+                    add_row_sums_(
+                        rows[item.part.row_ranges[item.index]], stat.term(block), item.spans, cut.start
+                    )
+                yield block
+
+        for stat, value in zip(per_layer, layer_sums(blocks(), per_layer), strict=True):
+            cell = ((phase, stat), item.column)
+            value = value.to(self._plan.device)
+            self._cells[cell] = self._cells[cell] + value if cell in self._cells else value
+
+    def reduce(self, flags: Tensor) -> None:
+        """Sum flags, statistics and rows over all scopes; where no statistic is asked for, no collective runs."""
+        plan, num_flags = self._plan, flags.shape[0]
+        zero = torch.zeros((), dtype=torch.float64, device=plan.device)
+        cells = [self._cells.get((key, i), zero) for key in self._layer_keys for i in range(len(plan.fqns))]
+        table = torch.cat([flags, torch.stack(cells).view(-1, len(plan.fqns))]) if cells else flags.clone()
+        if cells or self._rows:
+            plan.reduce_(table, [(p, buffer) for (p, _), buffer in self._rows.items()])
+        self.flags, self._table = table[:num_flags], table[num_flags:]
+
+    def row(self, key: Key) -> Tensor:
+        """A reduced statistic per layer of the plan, `[num_layers]`."""
+        return self._table[self._layer_keys.index(key)]
+
+    def stats(self, part: RulePart, keys: Sequence[Key], earlier: Stats | None = None) -> Stats:
+        """The reduced statistics of one rule's layers."""
+        values: Mapping[Phase, dict[Statistic, Tensor]] = {"before": {}, "after": {}}
+        for key in keys:
+            phase, stat = key
+            if stat.per == "row":
+                values[phase][stat] = self._rows[self._plan.parts.index(part), key]
+            else:
+                values[phase][stat] = self.row(key)[part.columns]
+        before = {**earlier.before, **values["before"]} if earlier is not None else values["before"]
+        return Stats(before=before, after=values["after"], row_lengths=part.row_lengths)

@@ -1,0 +1,74 @@
+"""What a run can see of its projections: plain numbers from device tensors, and JSON lines.
+
+Imports nothing of this package: it is handed plain `{name: tensor}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def summarize(
+    reports: Sequence[tuple[Sequence[str], Mapping[str, Tensor]]], norms: Mapping[str, float]
+) -> dict[str, Any]:
+    """Numbers per layer and of the whole model from the reports of one engine step; waits for the device once.
+
+    Args:
+        reports: for each rule, its layers' FQNs and `[num_layers]` tensors: "s", "nonfinite" and what the rule adds.
+        norms: |w0| of each layer.
+    """
+    flat = [t.double() for _, report in reports for t in report.values()]
+    numbers = iter(torch.cat([t.to(flat[0].device) for t in flat]).tolist() if flat else [])
+    layers: dict[str, dict[str, float]] = {}
+    for fqns, report in reports:
+        for name in report:
+            for fqn in fqns:
+                layers.setdefault(fqn, {})[name] = next(numbers)
+    nonfinite = [fqn for fqn, own in layers.items() if own.pop("nonfinite", 0.0)]
+    for fqn, own in layers.items():
+        if "deviation" in own and norms.get(fqn, 0.0) > 0:
+            own["deviation_rel"] = own["deviation"] / norms[fqn]
+    pulls = [own["s"] for own in layers.values()]
+    summary: dict[str, Any] = {
+        "num_layers": len(layers),
+        "activation_rate": sum(s > 0 for s in pulls) / len(pulls) if pulls else 0.0,
+        "pulls_above_one": sum(s > 1 for s in pulls),
+        "nonfinite_layers": nonfinite,
+    }
+    deviations = [own["deviation"] for own in layers.values() if "deviation" in own]
+    if deviations:
+        summary["deviation"] = math.sqrt(sum(d * d for d in deviations))
+        total = math.sqrt(sum(norms.get(fqn, 0.0) ** 2 for fqn, own in layers.items() if "deviation" in own))
+        if total > 0:
+            summary["deviation_rel"] = summary["deviation"] / total
+    return {**summary, "layers": layers}
+
+
+class JsonLines:
+    """Appends records to a file, one JSON object per line; NaN and infinities become null."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+        os.makedirs(os.path.dirname(os.path.abspath(self._path)), exist_ok=True)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; the file is closed again, so that a killed run loses nothing that was written."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,53 @@
+"""What a user is warned about, once: settings that work but rarely mean what was wanted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from sharded_spd.binding import Binding
+from sharded_spd.layout import BoundShard
+
+
+def about_excess(pull: float) -> None:
+    """A pull beyond 1."""
+    warnings.warn(
+        f"a layer was pulled by {pull:.3g} times its deviation: beyond 1 it overshoots its anchor; lower weight_decay, "
+        "or set max_pull=1.0",
+        stacklevel=2,
+    )
+
+
+def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
+    """Lambda 0 everywhere, half-precision weights, a base that decays what a rule pulls."""
+    strengths, half, decayed = [], [], []
+    for shard in shards:
+        for piece in shard.slices:
+            own, group = binding.options[piece.layer], shard.param_group
+            strength = float(group["weight_decay"] if own.weight_decay is None else own.weight_decay)
+            if own.rule.spec.pulls:
+                strengths.append(strength)
+            if not (own.rule.spec.pulls and own.rule.spec.anchored and strength > 0):
+                continue
+            if shard.tensor.dtype in (torch.bfloat16, torch.float16):
+                half.append(piece.layer)
+            if own.weight_decay is not None and float(group.get("weight_decay") or 0.0) > 0:
+                decayed.append(piece.layer)
+    if strengths and not any(strengths):
+        warnings.warn(
+            "weight_decay (lambda) is 0 for every layer: this is the plain base optimizer", stacklevel=2
+        )
+    if half:
+        warnings.warn(
+            f"{len(half)} layer(s) are in half precision without float32 masters ({half[0]!r} for one): pulls below one "
+            "unit in the last place vanish; keep float32 parameters and use mixed precision for compute",
+            stacklevel=2,
+        )
+    if decayed:
+        warnings.warn(
+            f"the base optimizer decays {len(decayed)} layer(s) toward zero that a rule pulls toward the anchor "
+            f"({decayed[0]!r} for one): set the base's weight_decay to 0 there; lambda is SPDConfig.weight_decay",
+            stacklevel=2,
+        )
