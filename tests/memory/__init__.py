@@ -1,0 +1,1 @@
+"""Peak memory, measured in processes of their own."""
