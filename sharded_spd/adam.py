@@ -1,9 +1,9 @@
-"""AdamSPD: Adam whose layers are projected toward their anchors; a `torch.optim.Optimizer` in every respect."""
+"""AdamSPD: Adam whose layers are projected toward their anchors; a full `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ class AdamSPD(Adam):
     """Adam (Kingma and Ba, 2015) with Selective Projection Decay (arXiv 2411.01713) of every layer.
 
     After Adam's tentative step w~: w <- w~ - lambda * r * (w~ - w0) where c = -<g, w - w0> < 0, else w~;
-    r = clamp((|w~ - w0| - |w - w0|) / |w~ - w0|, 0, 1). lambda 0 is exactly `torch.optim.Adam`. Parameters may be
-    plain tensors or DTensors (FSDP2, HSDP, tensor parallelism); each rank keeps its shard of the anchor only.
+    r = clamp((|w~ - w0| - |w - w0|) / |w~ - w0|, 0, 1). lambda 0 is exactly `torch.optim.Adam`. Parameters
+    may be plain tensors or DTensors (FSDP2, HSDP, tensor parallelism); each rank keeps its shard of the
+    anchor only.
 
     Args:
-        params: tensors, (name, tensor) pairs, or groups; a group may hold "pre", a list of anchors, or None for zero,
-            and its own weight_decay, max_pull, anchor and rule.
+        params: tensors, (name, tensor) pairs, or groups; a group may hold "pre", a list of anchors, or None
+            for zero, and its own weight_decay, max_pull, anchor and rule.
         lr: learning rate, a float or a 0-d tensor.
         betas: decay of the two moments.
         eps: added to the denominator.
@@ -36,8 +37,8 @@ class AdamSPD(Adam):
         maximize: ascend.
         foreach: torch's multi-tensor implementation.
         capturable: allow capture in a CUDA graph.
-        anchor: "snapshot" (the weights now), "deferred" (bound later by `bind()`), "zero", the path of a safetensors
-            checkpoint, or an `AnchorStore`.
+        anchor: "snapshot" (the weights now), "deferred" (bound later by `bind()`), "zero", the path of a
+            safetensors checkpoint, or an `AnchorStore`.
         rule: "spd", "l2sp", "decay" (torch AdamW's decay, for a new head), "none", or an instance of a rule.
         fused: torch's fused implementation.
         model: gives the parameters their names, where they come without.
@@ -127,7 +128,8 @@ class AdamSPD(Adam):
             group["params"] = params = self._with_names(list(params))
         if pre is not None and len(pre) != len(params):
             raise AnchorError(
-                f"group {len(self.param_groups)} has {len(params)} parameters but {len(pre)} anchors in 'pre'; wanted "
+                f"group {len(self.param_groups)} has {len(params)} parameters but {len(pre)} anchors in "
+                "'pre'; wanted "
                 "one anchor per parameter, in the same order, or pre=None for zero"
             )
         for key in ("weight_decay", "max_pull"):
@@ -165,10 +167,15 @@ class AdamSPD(Adam):
         return loss
 
     def _adam(self, group: dict[str, Any]) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(6)]
-        has_complex = self._init_group(group, *lists)
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = _lists(6)
+        has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)  # type: ignore[no-untyped-call]
         adam(
-            *lists,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
             amsgrad=group["amsgrad"],
             has_complex=has_complex,
             beta1=group["betas"][0],
@@ -204,8 +211,10 @@ class AdamSPD(Adam):
                 saved = group.get("anchor_fingerprint", own)
                 if saved != own:
                     raise AnchorError(
-                        f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this optimizer has "
-                        f"{own}: another pre-trained model, or weights loaded before the anchor was taken; build the "
+                        f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this "
+                        "optimizer has "
+                        f"{own}: another pre-trained model, or weights loaded before the anchor was taken; "
+                        "build the "
                         "optimizer on the pre-trained weights, then load the checkpoint"
                     )
         kept = [(group["rule"], group["anchor"]) for group in self.param_groups]
@@ -225,7 +234,7 @@ class AdamSPD(Adam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, or (called by `load_state_dict`) only moments and groups."""
         anchors, rule_state = state.pop("_anchors", None), state.pop("_rule_state", {})
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
             group.setdefault("max_pull", None)
         if anchors is not None:
@@ -235,6 +244,10 @@ class AdamSPD(Adam):
             self._projector.adopt(anchors, rule_state)
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True
+
+
+def _lists(n: int) -> list[list[Tensor]]:
+    return [[] for _ in range(n)]
 
 
 def _check_strength(key: str, value: Any) -> None:

@@ -33,7 +33,8 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
     if failure is not None:
         rank = dist.get_rank() if dist.is_initialized() else 0
         found.append((rank, type(failure).__name__, str(failure)))
-    # Forth and back, so that word of a failure in the last group also reaches ranks that share only the first.
+    # Forth and back, so that word of a failure in the last group also reaches ranks that share only the
+    # first.
     for group in [*groups, *reversed(groups[:-1])]:
         gathered: list[list[tuple[int, str, str]]] = [[] for _ in range(group.size())]
         dist.all_gather_object(gathered, found, group=group)

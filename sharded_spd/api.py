@@ -23,11 +23,13 @@ def attach(
 ) -> Projector:
     """Project the layers that `target` steps toward their anchors, whatever optimizer it is.
 
-    Works through the step hooks of `torch.optim.Optimizer`; the optimizer's type and state are left alone. A closure
+    Works through the step hooks of `torch.optim.Optimizer`; the optimizer's type and state are left alone. A
+    closure
     is wrapped: the statistics are taken when it returns.
 
     Args:
-        target: an optimizer, a sequence of optimizers over one model, or a wrapper around one (accelerate, Lightning).
+        target: an optimizer, a sequence of optimizers over one model, or a wrapper around one (accelerate,
+            Lightning).
         model: gives the parameters their names, which patterns and checkpoints need.
         config: the settings; by default SPD with lambda 1 and a snapshot of the weights as they are now.
 
@@ -101,7 +103,8 @@ def _wrap(closure: Callable[[], Any], projector: Projector, optimizer: Optimizer
         calls += 1
         if calls > 1:
             raise UnsupportedError(
-                f"{type(optimizer).__name__} evaluated its closure more than once in one step; the projection needs "
+                f"{type(optimizer).__name__} evaluated its closure more than once in one step; the "
+                "projection needs "
                 "one gradient per step: use an optimizer that evaluates it once"
             )
         loss = closure()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharded_spd.agree import agree
 from sharded_spd.anchors.base import AnchorStore
-from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
+from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.errors import AnchorError
-from sharded_spd.layout import Box, BoundShard, FlatRange, ShardLayout, ShardSlice
+from sharded_spd.layout import BoundShard, Box, ShardLayout, ShardSlice
 from sharded_spd.rules import Rule
 from sharded_spd.stats import CHUNK, all_reduce_, fixed_sum
 
@@ -23,8 +23,8 @@ from sharded_spd.stats import CHUNK, all_reduce_, fixed_sum
 class LayerSettings:
     """One layer's rule and anchor.
 
-    `weight_decay` and `max_pull` None: read from the live param group. `anchor_dtype` is for snapshots (None: the
-    weight's own); `anchor_on_cpu` keeps the anchor in host memory, pinned where there is a GPU.
+    `weight_decay` and `max_pull` None: read from the live param group. `anchor_dtype` is for snapshots (None:
+    the weight's own); `anchor_on_cpu` keeps the anchor in host memory, pinned where there is a GPU.
     """
 
     rule: Rule
@@ -99,7 +99,7 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Tensor |
 
 
 def _cut(held: HeldAnchor, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor | None:
-    """The part `piece` of an anchor that was bound to another shard of the same layer, e.g. before sharding."""
+    """The part `piece` of an anchor that was bound to another shard of its layer: before sharding."""
     if held.values is None:
         return None
     whole = 1
@@ -108,7 +108,8 @@ def _cut(held: HeldAnchor, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor 
     if held.values.numel() != whole:
         raise AnchorError(
             f"layer {piece.layer!r} was sharded anew after its anchor had been taken from another shard "
-            f"({held.piece.region}, now {piece.region}); build the optimizer with anchor='deferred' and call bind() "
+            f"({held.piece.region}, now {piece.region}); build the optimizer with anchor='deferred' and call "
+            "bind() "
             "after sharding, or anchor at a checkpoint's path"
         )
     values = held.values.view(shape)
@@ -129,7 +130,8 @@ def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> 
     if problems:
         listing = "\n  ".join(problems)
         raise AnchorError(
-            f"the anchor does not fit the model in {len(problems)} place(s); wanted one tensor of the layer's shape "
+            f"the anchor does not fit the model in {len(problems)} place(s); wanted one tensor of the "
+            "layer's shape "
             f"for each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern):\n  {listing}"
         )
 

@@ -1,12 +1,12 @@
-"""The package's own exceptions, each a `ValueError`/`TypeError`/`RuntimeError`, so that plain handlers catch them."""
+"""The package's own exceptions, subclasses of those that plain handlers catch."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be honoured: an unknown key, a bad value, a pattern that matches nothing."""
+    """A configuration that cannot be honoured: unknown key, bad value, pattern that matches nothing."""
 
 
 class AnchorError(ValueError):
-    """An anchor that does not fit the model: missing, extra, misshapen, truncated, or taken at the wrong time."""
+    """An anchor that does not fit the model: missing, misshapen, truncated, taken at the wrong time."""
 
 
 class BindingError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Which elements of which layer this rank holds, and over which process groups to sum: frozen data, no behaviour."""
+"""Which elements of which layer this rank holds, and over which groups to sum: data, no behaviour."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class ShardSlice:
-    """Elements `[offset, offset + numel)` of a bound tensor, contiguous, which are `region` of `layer` (an FQN)."""
+    """Elements `[offset, offset + numel)` of a bound tensor: they are `region` of `layer` (an FQN)."""
 
     layer: str
     offset: int
@@ -40,9 +40,9 @@ class ShardSlice:
 class BoundShard:
     """What the base optimizer updates on this rank, now.
 
-    `slices` has one entry per layer of the tensor on every rank, with `numel` 0 where this rank holds nothing of it,
-    so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's live group; `has_state`
-    says whether the base optimizer has stepped this tensor before.
+    `slices` has one entry per layer of the tensor on every rank, with `numel` 0 where this rank holds nothing
+    of it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's
+    live group; `has_state` says whether the base optimizer has stepped this tensor before.
     """
 
     tensor: torch.Tensor

@@ -1,4 +1,4 @@
-"""What stays the same from step to step: which columns of the statistics are whose, and what is summed over whom.
+"""What stays the same from step to step: whose columns are whose, and what is summed over whom.
 
 A plan belongs to the layers of one inner step, in the engine's order, which is the same on all ranks.
 """
@@ -135,7 +135,7 @@ class Plan:
         return list(dict.fromkeys(keys))
 
     def reduce_(self, table: Tensor, rows: list[tuple[int, Tensor]]) -> None:
-        """Sum over every scope (modified in place): `table` `[num_stats, num_layers]` and (part index, rows) buffers."""
+        """Sum `table` `[num_stats, num_layers]` and (part index, rows) buffers over every scope, in place."""
         for scope in self.scopes:
             pieces = [table[:, scope.columns].reshape(-1)]
             pieces += [buffer[scope.rows[p]] for p, buffer in rows]

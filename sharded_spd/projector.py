@@ -20,8 +20,8 @@ from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.hostvec import LateScalar
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan
-from sharded_spd.step import Step
 from sharded_spd.stats import CHUNK, all_reduce_, fixed_sum
+from sharded_spd.step import Step
 from sharded_spd.telemetry import JsonLines, summarize
 
 
@@ -82,8 +82,8 @@ class Projector:
     def bind(self, model: Module | None = None) -> None:
         """Bind, or bind anew after sharding or adding groups; what is bound already is never snapshot again.
 
-        Call it once the pre-trained weights are loaded and before a checkpoint is resumed. Collective over the
-        layout's scopes.
+        Call it once the pre-trained weights are loaded and before a checkpoint is resumed. Collective over
+        the layout's scopes.
 
         Raises:
             AnchorError: where an anchor does not fit or cannot be read; on all ranks.
@@ -93,7 +93,8 @@ class Projector:
         layout = self._adapter.layout(model)
         if layout is None:
             raise BindingError(
-                "some parameters hold no values yet (meta device, or not yet sharded); materialise the model, load "
+                "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
+                "model, load "
                 "the pre-trained weights, and then call bind()"
             )
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
@@ -177,7 +178,8 @@ class Projector:
             all_reduce_(live, scope.group)
         if bool(live):
             raise BindingError(
-                f"{type(optimizer).__name__} was asked to step with gradients before its anchors are bound: this would "
+                f"{type(optimizer).__name__} was asked to step with gradients before its anchors are bound: "
+                "this would "
                 "be the plain base optimizer; call bind() after sharding and loading the pre-trained weights"
             )
 
@@ -191,7 +193,7 @@ class Projector:
         self._binding = None
 
     def metrics(self) -> dict[str, Any]:
-        """Numbers of the last engine step: `activation_rate`, `deviation`, `pulls_above_one`, per layer c, r, s, ...
+        """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
 
         Waits for the device. Empty of layers before the first step.
         """
@@ -231,7 +233,7 @@ class Projector:
         return {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Rule state by FQN, the number of steps, and the anchors' fingerprint; not the anchors themselves."""
+        """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors."""
         layers: dict[str, dict[str, Any]] = {}
         for plan in self._plans.values():
             for part in plan.parts:
@@ -257,8 +259,10 @@ class Projector:
         )
         if saved and own and saved != own:
             raise AnchorError(
-                f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another pre-trained "
-                "model, or weights loaded before the anchor was taken; bind the checkpoint's anchor, then load"
+                f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another "
+                "pre-trained "
+                "model, or weights loaded before the anchor was taken; bind the checkpoint's anchor, then "
+                "load"
             )
         if self._binding is None:
             self._loaded = dict(state_dict)

@@ -41,14 +41,15 @@ def source_name(source: Source) -> str:
 
 def _refuse_unnamed(what: str, layout: ShardLayout) -> None:
     raise ConfigError(
-        f"{what} needs the layers' names, but the parameters came without: {layout.fqns[0]!r} is made up; pass "
+        f"{what} needs the layers' names, but the parameters came without: {layout.fqns[0]!r} is made up; "
+        "pass "
         "model.named_parameters() to the optimizer, or model=..."
     )
 
 
 @dataclass(slots=True)
 class GroupSpec:
-    """What a param group asked for that is no scalar. `pre`: anchors in the order of the group's parameters."""
+    """What a param group asked for that is no scalar; `pre`: anchors in the order of its parameters."""
 
     rule: Rule
     anchor: AnchorStore | Literal["snapshot"]

@@ -1,7 +1,7 @@
 """Local float64 sums over the slices of a layer, and the one reduction that makes them whole.
 
-Sums run in float64 over blocks of fixed size, so that they depend neither on the number of threads nor, beyond
-rounding at 1e-14, on how a layer is split.
+Sums run in float64 over blocks of fixed size, so that they depend neither on the number of threads nor,
+beyond rounding at 1e-14, on how a layer is split.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ CHUNK = 1 << 18
 """Elements that are worked on at a time: bounds the float64 temporaries to a few MiB."""
 
 _BLOCK = 4096
-"""Elements of one partial sum. Below torch's grain size (32,768), so that one thread adds up each partial sum."""
+"""Elements of one partial sum. Below torch's grain size (32,768), so that one thread adds up each partial "
+"sum."""
 
 
 @dataclass(slots=True)
 class Block:
     """Part of one slice of one layer, 1-D views in the stored dtype; the float64 forms are made on first use.
 
-    `weight` is the current weight: before the base step w, after it w~. `anchor` None stands for zero. `kept` is w
-    after the step (only for rules that keep it). `state` holds the rule's shard state.
+    `weight` is the current weight: before the base step w, after it w~. `anchor` None stands for zero. `kept`
+    is w after the step (only for rules that keep it). `state` holds the rule's shard state.
     """
 
     weight: Tensor
@@ -57,7 +58,7 @@ class Block:
 
     @property
     def grad(self) -> Tensor:
-        """The gradient of what is minimised (unscaled, its sign turned where the optimizer maximises), float64."""
+        """The gradient of what is minimised, float64: unscaled, its sign turned under `maximize`."""
         if self.raw_grad is None:
             raise RuntimeError(
                 "this block has no gradient: a rule may read gradients only before the base step"
@@ -95,7 +96,8 @@ DELTA_SQ = Statistic("delta_sq", lambda b: b.delta * b.delta)
 """|w - w0|^2 before the base step, |w~ - w0|^2 after it."""
 
 UPDATE_GAIN = Statistic("update_gain", lambda b: b.update * (2 * b.delta - b.update))
-"""|w~ - w0|^2 - |w - w0|^2 free of cancellation: u*(2d + u) with d before the step, u*(2d~ - u) with d~ after it."""
+"""|w~ - w0|^2 - |w - w0|^2 free of cancellation: u*(2d + u) with d before the step, u*(2d~ - u) with d~ "
+"after it."""
 
 ROW_L1 = Statistic("row_l1", lambda b: b.delta.abs(), per="row")
 """L1 norm of every row of w - w0 (w~ - w0 after the base step); a row is one index of dim 0."""
@@ -112,7 +114,7 @@ def fixed_sum(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """`num_rows` consecutive pieces, `width` elements each, of rows `first_row`, ...; from `offset` in the slice."""
+    """`num_rows` pieces of `width` elements, of rows `first_row`, ..., from `offset` in the slice."""
 
     offset: int
     first_row: int
@@ -121,7 +123,7 @@ class RowSpan:
 
 
 def row_count(shape: tuple[int, ...]) -> int:
-    """Rows of a layer: the size of dim 0; 1 for a layer of one dim or none (one norm over the whole vector)."""
+    """Rows of a layer: the size of dim 0; 1 for a layer of one dim or none."""
     return shape[0] if len(shape) > 1 else 1
 
 
@@ -156,7 +158,7 @@ def layer_sums(blocks: Iterator[Block], statistics: tuple[Statistic, ...]) -> li
 
 
 def add_row_sums_(out: Tensor, terms: Tensor, spans: list[RowSpan], begin: int) -> None:
-    """Add `terms`, elements `[begin, begin + len)` of a slice, to the sums of their rows in `out` (modified in place)."""
+    """Add `terms`, elements `[begin, begin + len)` of a slice, to their rows in `out` (modified in place)."""
     end = begin + terms.numel()
     for span in spans:
         a, b = max(begin, span.offset), min(end, span.offset + span.num_rows * span.width)

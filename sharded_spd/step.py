@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Step:
         """Reduce, find s, pull.
 
         Raises:
-            AnchorError: on all ranks alike, at the first real step, where weights were loaded after the snapshot.
+            AnchorError: on all ranks alike, at the first real step, where weights were loaded after the
+            snapshot.
         """
         for item in self._items:
             wanted = [s for phase, s in item.part.keys(early=False) if phase == "after"]
@@ -198,9 +200,7 @@ class Step:
         weights = flat(tensor)
         if item.state:
             for cut, block in item.blocks(grads=False):
-                new = rule.next_shard_state(
-                    block, stats, lambda values, cut=cut: expand_rows(values[rows], item.spans)[cut]
-                )
+                new = rule.next_shard_state(block, stats, partial(_to_elements, item=item, cut=cut))
                 for name, old in block.state.items():
                     old.copy_(torch.where(active[i], new[name].to(old.dtype), old))
         if rule.spec.granularity == "element":
@@ -231,9 +231,17 @@ class Step:
         ]
         if names:
             raise AnchorError(
-                f"{len(names)} layer(s) had left their anchor before the first step, {names[0]!r} for one: weights "
-                "were loaded after the snapshot was taken; load the pre-trained weights first and then build the "
-                "optimizer, or use anchor='deferred' and call bind() after loading, or anchor at a checkpoint's path"
+                f"{len(names)} layer(s) had left their anchor before the first step, {names[0]!r} for one: "
+                "weights "
+                "were loaded after the snapshot was taken; load the pre-trained weights first and then build "
+                "the "
+                "optimizer, or use anchor='deferred' and call bind() after loading, or anchor at a "
+                "checkpoint's path"
             )
         if bool(real.any()):
             plan.guarded = set()
+
+
+def _to_elements(per_row: Tensor, *, item: Item, cut: slice) -> Tensor:
+    """A rule's values per row at each element of one chunk of a slice."""
+    return expand_rows(per_row[item.part.row_ranges[item.index]], item.spans)[cut]

@@ -89,7 +89,7 @@ class Sums:
             self._cells[cell] = self._cells[cell] + value if cell in self._cells else value
 
     def reduce(self, flags: Tensor) -> None:
-        """Sum flags, statistics and rows over all scopes; where no statistic is asked for, no collective runs."""
+        """Sum flags, statistics and rows over all scopes; without any statistic no collective runs."""
         plan, num_flags = self._plan, flags.shape[0]
         zero = torch.zeros((), dtype=torch.float64, device=plan.device)
         cells = [self._cells.get((key, i), zero) for key in self._layer_keys for i in range(len(plan.fqns))]

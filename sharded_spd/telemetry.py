@@ -18,10 +18,11 @@ from torch import Tensor
 def summarize(
     reports: Sequence[tuple[Sequence[str], Mapping[str, Tensor]]], norms: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Numbers per layer and of the whole model from the reports of one engine step; waits for the device once.
+    """Numbers per layer and of the whole model from the reports of one step; waits for the device once.
 
     Args:
-        reports: for each rule, its layers' FQNs and `[num_layers]` tensors: "s", "nonfinite" and what the rule adds.
+        reports: for each rule, its layers' FQNs and `[num_layers]` tensors: "s", "nonfinite" and what the
+            rule adds.
         norms: |w0| of each layer.
     """
     flat = [t.double() for _, report in reports for t in report.values()]
@@ -59,7 +60,7 @@ class JsonLines:
         os.makedirs(os.path.dirname(os.path.abspath(self._path)), exist_ok=True)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; the file is closed again, so that a killed run loses nothing that was written."""
+        """Append one record; the file is closed again, so that a killed run loses nothing written."""
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 

@@ -20,9 +20,9 @@ class AnchorStore(Protocol):
         ...
 
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """One sentence per layer that this store cannot serve with that full shape; empty when it serves all."""
+        """One sentence per layer that this store cannot serve with that full shape."""
         ...
 
     def fetch(self, piece: ShardSlice) -> torch.Tensor | None:
-        """The values of `piece` as a fresh 1-D tensor `[piece.numel]` in the stored dtype; None: anchored at zero."""
+        """The values of `piece`, fresh, 1-D `[piece.numel]`, in the stored dtype; None: anchored at zero."""
         ...

@@ -1,7 +1,7 @@
 """A fingerprint of values that does not depend on how they are split, nor on a lossless dtype.
 
-Per layer and seed: the sum modulo 2^64, over its elements, of mix64(seed, flat index, bits of the value as float32).
-The sums of shards add up to the sum of the whole, so one int64 all-reduce settles all layers.
+Per layer and seed: the sum modulo 2^64, over its elements, of mix64(seed, flat index, bits of the value as
+float32). The sums of shards add up to the sum of the whole, so one int64 all-reduce settles all layers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def slice_fingerprint(values: Tensor | None, piece: ShardSlice, shape: tuple[int
 
 
 def combine(fingerprints: Mapping[str, tuple[int, ...]]) -> str:
-    """One hexadecimal fingerprint, 128 bits, of the layers' own, keyed by FQN and independent of their order."""
+    """One hexadecimal fingerprint, 128 bits, of the layers' own by FQN, whatever their order."""
     digest = hashlib.sha256()
     for fqn in sorted(fingerprints):
         digest.update(f"{fqn}:{','.join(str(x) for x in fingerprints[fqn])};".encode())

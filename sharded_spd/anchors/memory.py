@@ -27,7 +27,7 @@ class ZeroAnchor:
 
 
 class TensorAnchor:
-    """Anchors from tensors by FQN: whole ones, or DTensors placed as the parameter is; None stands for zero."""
+    """Anchors from tensors by FQN: whole ones, or DTensors placed as the layer is; None stands for zero."""
 
     def __init__(self, tensors: Mapping[str, Tensor | None], source: str = "tensors") -> None:
         self.source = source
@@ -59,8 +59,10 @@ class TensorAnchor:
             local = tensor.to_local()
             if local.numel() != piece.numel:
                 raise AnchorError(
-                    f"layer {piece.layer!r}: the anchor is a DTensor with {local.numel()} elements on this rank "
-                    f"({tensor.placements}), the layer has {piece.numel}; distribute the anchor as the layer is, or "
+                    f"layer {piece.layer!r}: the anchor is a DTensor with {local.numel()} elements on this "
+                    "rank "
+                    f"({tensor.placements}), the layer has {piece.numel}; distribute the anchor as the layer "
+                    "is, or "
                     "give the whole tensor"
                 )
             return local.detach().reshape(-1).clone()

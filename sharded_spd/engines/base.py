@@ -23,7 +23,7 @@ class EngineAdapter(Protocol):
 
     @property
     def named(self) -> bool:
-        """Whether the FQNs are the model's; False where parameters came without names and have made-up ones."""
+        """Whether the FQNs are the model's; False where some parameter came without and has a made-up one."""
         ...
 
     @property
@@ -32,7 +32,7 @@ class EngineAdapter(Protocol):
         ...
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:
-        """Describe the parameters as they are now; None while they hold no values yet (meta, not yet sharded)."""
+        """Describe the parameters as they are now; None while they hold no values yet (meta device)."""
         ...
 
     def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
@@ -48,7 +48,7 @@ class EngineAdapter(Protocol):
         ...
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
-        """State of this rank's shard of a layer, `[numel]`, as a tensor that checkpoint libraries can reshard."""
+        """State of this rank's shard, `[numel]`, as a tensor that checkpoint libraries can reshard."""
         ...
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a DTensor parameter (FSDP2, HSDP, tensor parallelism) lies on this rank. A plain tensor is its own shard."""
+"""How a DTensor parameter (FSDP2, HSDP, tensor parallelism) lies on this rank; a plain one lies there whole."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
     box = chunks[0]
     if len(chunks) != 1 or prod(box.sizes) != numel:
         raise UnsupportedError(
-            f"layer {fqn!r} with placements {tensor.placements} on {tensor.device_mesh} holds {numel} elements on "
+            f"layer {fqn!r} with placements {tensor.placements} on {tensor.device_mesh} holds {numel} "
+            "elements on "
             f"this rank that are not one block of the layer (got {chunks}); wanted a contiguous shard"
         )
     return ShardSlice(fqn, 0, numel, Box(tuple(box.offsets), tuple(box.sizes)))
@@ -65,8 +66,8 @@ def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
 def aligned_grad(param: Tensor) -> Tensor | None:
     """This rank's part of the gradient in the parameter's own placements.
 
-    A gradient placed otherwise (Partial under tensor parallelism) is redistributed once, and put back into `.grad`:
-    the base optimizer would pay for the same collective again.
+    A gradient placed otherwise (Partial under tensor parallelism) is redistributed once, and put back into
+    `.grad`: the base optimizer would pay for the same collective again.
     """
     grad = param.grad
     if grad is None:
@@ -74,7 +75,8 @@ def aligned_grad(param: Tensor) -> Tensor | None:
     if isinstance(param, DTensor):
         if not isinstance(grad, DTensor):
             raise UnsupportedError(
-                f"got a gradient of type {type(grad).__name__} for a DTensor parameter of shape {tuple(param.shape)}; "
+                f"got a gradient of type {type(grad).__name__} for a DTensor parameter of shape "
+                f"{tuple(param.shape)}; "
                 "wanted a DTensor: leave .grad to autograd, or wrap it with DTensor.from_local"
             )
         if grad.placements != param.placements:

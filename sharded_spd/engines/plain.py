@@ -1,4 +1,4 @@
-"""Engines whose optimizer holds the model's own parameters: one process, DDP, FSDP2, HSDP, tensor parallelism.
+"""Engines whose optimizer holds the model's own parameters: one process, DDP, FSDP2, HSDP, TP.
 
 Plain tensors and DTensors, on any meshes, may mix in one optimizer: each parameter describes itself.
 """
@@ -24,7 +24,7 @@ from sharded_spd.names import clean_fqn
 
 
 class ParameterAdapter:
-    """Describes the parameters in the groups of `optimizers`; names come from `model`, else from `param_names`."""
+    """Describes the parameters of `optimizers`; names come from `model`, else from `param_names`."""
 
     def __init__(self, optimizers: Sequence[Optimizer], model: Module | None = None) -> None:
         self.optimizers: Sequence[Optimizer] = tuple(optimizers)
@@ -41,8 +41,8 @@ class ParameterAdapter:
             return
         if isinstance(model, DistributedDataParallel):
             self._ddp_group = model.process_group
-        # An FSDP2 root stays unsharded after a forward without backward; its named parameters are then not the
-        # sharded ones that the optimizer holds.
+        # An FSDP2 root stays unsharded after a forward without backward; its named parameters are then not
+        # the sharded ones that the optimizer holds.
         for module in model.modules():
             reshard = getattr(module, "reshard", None)
             if callable(reshard) and hasattr(module, "set_reshard_after_backward"):
@@ -127,7 +127,8 @@ class ParameterAdapter:
     def _grad(param: Tensor, fqn: str) -> Tensor | None:
         if param.grad is not None and param.grad.layout != torch.strided:
             raise UnsupportedError(
-                f"layer {fqn!r} has a sparse gradient ({param.grad.layout}); wanted a dense one: construct the "
+                f"layer {fqn!r} has a sparse gradient ({param.grad.layout}); wanted a dense one: construct "
+                "the "
                 "embedding with sparse=False"
             )
         return aligned_grad(param)
@@ -136,16 +137,20 @@ class ParameterAdapter:
         names = group.get("param_names")
         name = names[i] if names else made_up_name(g, i)
         raise BindingError(
-            f"parameter {name!r} (shape {tuple(group['params'][i].shape)}) of {type(optimizer).__name__} is not bound: "
-            "it was added, or put in place of another one, after binding; call bind() after sharding, after adding "
+            f"parameter {name!r} (shape {tuple(group['params'][i].shape)}) of {type(optimizer).__name__} is "
+            "not bound: "
+            "it was added, or put in place of another one, after binding; call bind() after sharding, after "
+            "adding "
             "groups, and before the next step"
         )
 
     @staticmethod
     def _raise_freed(fqn: str) -> None:
         raise BindingError(
-            f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed after use, "
-            "not its shard; build the optimizer right after fully_shard, or call model.reshard() before it is built"
+            f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
+            "after use, "
+            "not its shard; build the optimizer right after fully_shard, or call model.reshard() before it "
+            "is built"
         )
 
     def boundary(self, optimizer: Optimizer) -> bool:

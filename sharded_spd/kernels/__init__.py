@@ -1,1 +1,1 @@
-"""The work on elements: forming statistics and pulling weights. `reference` is plain torch and always there."""
+"""The work on elements: pulling weights. `reference` is plain torch and always there."""

@@ -1,4 +1,4 @@
-"""Rules: how reduced statistics become the pull toward the anchor. Pure tensor maths, no engine, no collective."""
+"""Rules: how reduced statistics become the pull. Pure tensor maths: no engine, no collective."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rul
     if not isinstance(rule, str):
         if options:
             raise ConfigError(
-                f"got rule_options {sorted(options)} beside the rule instance {rule!r}; pass the options to the "
+                f"got rule_options {sorted(options)} beside the rule instance {rule!r}; pass the options to "
+                "the "
                 "instance's constructor instead"
             )
         if not isinstance(getattr(rule, "spec", None), RuleSpec):

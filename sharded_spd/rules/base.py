@@ -1,7 +1,7 @@
 """The seam for rules: what statistics a rule needs, and how reduced statistics become the pull s.
 
-A rule sees the layers that it governs as columns `[num_layers]` (their rows, concatenated, as `[num_rows]`), already
-summed over all ranks. It knows no engine and calls no collective.
+A rule sees the layers that it governs as columns `[num_layers]` (their rows, concatenated, as `[num_rows]`),
+already summed over all ranks. It knows no engine and calls no collective.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Rule(Protocol):
         return {name: torch.zeros(len(layers), dtype=torch.float64) for name in self.spec.layer_state}
 
     def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
-        """S, float64 `[num_layers]` or `[num_rows]`; new state is assigned into `state`, never written in place.
+        """S, float64 `[num_layers]` or `[num_rows]`; new state goes into `state`; nothing is written in place.
 
         What comes out non-finite, or for a layer that does not step (no gradient, lr 0, skipped by a gradient
         scaler), is replaced by 0 and its state kept as it was.
@@ -119,11 +119,11 @@ class Rule(Protocol):
     def plan_edit(
         self, stats: Stats, state: MutableMapping[str, Tensor], options: Options
     ) -> Mapping[str, Tensor]:
-        """Coefficients `[num_layers]` for `edit_grad`, from the statistics before the step (spec.edits_grad)."""
+        """Coefficients `[num_layers]` for `edit_grad`, from the statistics before the step."""
         return {}
 
     def edit_grad(self, block: Block, plan: Mapping[str, Tensor]) -> Tensor:
-        """The gradient that the base optimizer shall see, float64; `plan` holds this layer's coefficients, 0-d."""
+        """The gradient that the base shall see, float64; `plan` has this layer's coefficients, 0-d."""
         raise NotImplementedError(f"rule {self.name!r} declares edits_grad but defines no edit_grad")
 
     def next_shard_state(self, block: Block, stats: Stats, rows: RowValues) -> Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ from sharded_spd.rules.base import Options, Rule, RuleSpec, Stats
 
 @dataclass(frozen=True, slots=True)
 class Decay(Rule):
-    """w <- w - lr * lambda * w before the base step: AdamW's decoupled decay (Loshchilov and Hutter, 2019)."""
+    """w <- w - lr * lambda * w before the base step: AdamW's decay (Loshchilov and Hutter, 2019)."""
 
     name: ClassVar[str] = "decay"
     spec: ClassVar[RuleSpec] = RuleSpec(when="before", anchored=False)

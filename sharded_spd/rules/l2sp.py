@@ -13,7 +13,7 @@ from sharded_spd.rules.base import Options, Rule, RuleSpec, Stats
 
 @dataclass(frozen=True, slots=True)
 class L2SP(Rule):
-    """w <- w~ - lr * lambda * (w~ - w0): L2-SP (Li et al., ICML 2018) decoupled from the base step as in AdamW."""
+    """w <- w~ - lr * lambda * (w~ - w0): L2-SP (Li et al., ICML 2018), decoupled as AdamW's decay is."""
 
     name: ClassVar[str] = "l2sp"
     spec: ClassVar[RuleSpec] = RuleSpec()
