@@ -104,14 +104,11 @@ class AdamSPD(Adam):
         if not self.projector.bound:
             return
         for spec, group, fingerprint in zip(
-            self._specs, self.param_groups, self._fingerprints(), strict=True
+            self._specs, self.param_groups, self.projector.group_fingerprints(self), strict=True
         ):
             group["anchor_fingerprint"] = fingerprint
             if spec.pre is not None:  # bound: this rank's shard is kept, the user's tensors are let go
                 spec.pre, spec.anchor = None, "snapshot"
-
-    def _fingerprints(self) -> list[str]:
-        return [self.projector.group_fingerprint(group) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and bind its anchors at once where the others are bound.
@@ -133,7 +130,7 @@ class AdamSPD(Adam):
                 "one anchor per parameter, in the same order, or pre=None for zero"
             )
         for key in ("weight_decay", "max_pull"):
-            _check_strength(key, group.get(key))
+            _check_strength(key, group.get(key, self.defaults.get(key)))
         rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
         spec = GroupSpec(rule, open_source("snapshot" if pre is not None else source), pre)
         group["rule"], group["anchor"] = rule.name, "pre" if pre is not None else source_name(source)
@@ -206,7 +203,7 @@ class AdamSPD(Adam):
         """
         if self.projector.bound:
             for i, (group, own) in enumerate(
-                zip(state_dict["param_groups"], self._fingerprints(), strict=False)
+                zip(state_dict["param_groups"], self.projector.group_fingerprints(self), strict=False)
             ):
                 saved = group.get("anchor_fingerprint", own)
                 if saved != own:

@@ -57,7 +57,6 @@ class Binding:
 
     layout: ShardLayout
     options: Mapping[str, LayerSettings]
-    groups: Mapping[str, Mapping[str, Any]]
     held: dict[str, HeldAnchor]
     fresh: set[str] = field(default_factory=set)
     norms: dict[str, float] = field(default_factory=dict)
@@ -149,7 +148,7 @@ def bind(
         AnchorError: on all ranks alike, where an anchor does not fit or cannot be read on one of them.
     """
     pieces = {p.layer: (shard, p) for shard in shards for p in shard.slices}
-    result = Binding(layout, options, {fqn: shard.param_group for fqn, (shard, _) in pieces.items()}, {})
+    result = Binding(layout, options, {})
     totals: dict[str, tuple[Tensor, Tensor]] = {}
 
     def local() -> None:

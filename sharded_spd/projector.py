@@ -66,10 +66,14 @@ class Projector:
         """The fingerprint of all anchors, the same for every layout. Raises BindingError before `bind()`."""
         return self._require().fingerprint
 
-    def group_fingerprint(self, param_group: Mapping[str, Any]) -> str:
-        """The fingerprint of one param group's anchors."""
-        binding = self._require()
-        return combine({f: v for f, v in binding.fingerprints.items() if binding.groups[f] is param_group})
+    def group_fingerprints(self, optimizer: Optimizer) -> list[str]:
+        """The fingerprint of the anchors of each of the optimizer's param groups."""
+        known = self._require().fingerprints
+        layers: dict[int, dict[str, tuple[int, ...]]] = {id(g): {} for g in optimizer.param_groups}
+        for shard in self._adapter.bind(optimizer, grads=False):
+            own = layers[id(shard.param_group)]
+            own.update({p.layer: known[p.layer] for p in shard.slices if p.layer in known})
+        return [combine(own) for own in layers.values()]
 
     def _require(self) -> Binding:
         if self._binding is None:

@@ -28,6 +28,9 @@ def open_source(
     """The store of an anchor source; "deferred" is a snapshot that is taken later."""
     if isinstance(source, AnchorStore):
         return source
+    if not isinstance(source, (str, os.PathLike)):
+        wanted = '"snapshot", "deferred", "zero", the path of a safetensors checkpoint, or an AnchorStore'
+        raise ConfigError(f"got anchor {source!r}; wanted {wanted}")
     source = os.fspath(source)
     if source in ("snapshot", "deferred"):
         return "snapshot"
