@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -129,8 +129,7 @@ class AdamSPD(Adam):
                 "'pre'; wanted "
                 "one anchor per parameter, in the same order, or pre=None for zero"
             )
-        for key in ("weight_decay", "max_pull"):
-            _check_strength(key, group.get(key, self.defaults.get(key)))
+        _check_scalars({**self.defaults, **group})
         rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
         spec = GroupSpec(rule, open_source("snapshot" if pre is not None else source), pre)
         group["rule"], group["anchor"] = rule.name, "pre" if pre is not None else source_name(source)
@@ -138,7 +137,12 @@ class AdamSPD(Adam):
         self._specs.append(spec)
         self._deferred |= group["anchor"] == "deferred"
         if self._projector is not None and self._projector.bound:
-            self.bind()
+            try:
+                self.bind()
+            except Exception:  # the group is taken out again, so that the optimizer can go on without it
+                self.param_groups.pop()
+                self._specs.pop()
+                raise
 
     def _with_names(self, params: list[Any]) -> list[Any]:
         if self._model_names and all(isinstance(p, Tensor) and p in self._model_names for p in params):
@@ -206,7 +210,7 @@ class AdamSPD(Adam):
                 zip(state_dict["param_groups"], self.projector.group_fingerprints(self), strict=False)
             ):
                 saved = group.get("anchor_fingerprint", own)
-                if saved != own:
+                if saved != own and len(group["params"]) == len(self.param_groups[i]["params"]):
                     raise AnchorError(
                         f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this "
                         "optimizer has "
@@ -247,9 +251,16 @@ def _lists(n: int) -> list[list[Tensor]]:
     return [[] for _ in range(n)]
 
 
-def _check_strength(key: str, value: Any) -> None:
-    if value is None or isinstance(value, Tensor):
-        return
-    if not (math.isfinite(value) and (value > 0 or (value == 0 and key == "weight_decay"))):
-        wanted = "a finite number >= 0 (lambda)" if key == "weight_decay" else "a finite number > 0, or None"
-        raise ConfigError(f"got {key} {value}; wanted {wanted}")
+def _check_scalars(group: Mapping[str, Any]) -> None:
+    """Refuse a group's hyper-parameters out of range; tensors are not read."""
+    for key in ("lr", "eps", "weight_decay"):
+        _check_range(key, group[key], 0, math.inf)
+    for i, beta in enumerate(group["betas"]):
+        _check_range(f"betas[{i}]", beta, 0, 1)
+    if group["max_pull"] is not None and not group["max_pull"] > 0:
+        raise ConfigError(f"got max_pull {group['max_pull']}; wanted a number > 0, or None for no limit")
+
+
+def _check_range(key: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, Tensor) and not low <= value < high:
+        raise ConfigError(f"got {key} {value}; wanted {low} <= {key} < {high}")

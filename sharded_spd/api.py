@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -14,6 +15,8 @@ from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.errors import UnsupportedError
 from sharded_spd.projector import Projector
 from sharded_spd.sources import ConfigResolver
+
+_ATTACHED: WeakKeyDictionary[Optimizer, ref[Projector]] = WeakKeyDictionary()
 
 
 def attach(
@@ -53,6 +56,7 @@ def attach(
         telemetry_path=config.telemetry.path,
     )
     for optimizer in optimizers:
+        _ATTACHED[optimizer] = ref(projector)
         pre, post = _hooks(projector)
         projector.add_hooks([optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)])
     return projector
@@ -70,6 +74,11 @@ def _unwrap(target: Any) -> Optimizer:
     if not isinstance(seen, Optimizer):
         raise UnsupportedError(
             f"got {type(target).__name__} to attach to; wanted a torch.optim.Optimizer or several"
+        )
+    other = _ATTACHED.get(seen, lambda: None)()
+    if other is not None and other.attached:
+        raise UnsupportedError(
+            f"this {type(seen).__name__} is attached to already; detach() its projector first"
         )
     if isinstance(seen, AdamSPD):
         raise UnsupportedError(

@@ -62,6 +62,11 @@ class Projector:
         return self._binding is not None
 
     @property
+    def attached(self) -> bool:
+        """Whether hooks of an optimizer call this projector."""
+        return bool(self._handles)
+
+    @property
     def fingerprint(self) -> str:
         """The fingerprint of all anchors, the same for every layout. Raises BindingError before `bind()`."""
         return self._require().fingerprint

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_spd.binding import Binding, flat
-from sharded_spd.errors import AnchorError
+from sharded_spd.errors import AnchorError, ConfigError
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan, RulePart
@@ -82,6 +82,10 @@ class Step:
                 i, own = plan.column[piece.layer], options[piece.layer]
                 lr[i] = group["lr"]
                 decay[i] = group["weight_decay"] if own.weight_decay is None else own.weight_decay
+                if not isinstance(decay[i], Tensor) and not decay[i] >= 0:
+                    raise ConfigError(
+                        f"layer {piece.layer!r}: got weight_decay {decay[i]}; wanted lambda >= 0"
+                    )
                 pull = group.get("max_pull") if own.max_pull is None else own.max_pull
                 limit[i] = float("inf") if pull is None else pull
                 has_grad[i] = float(shard.grad is not None)

@@ -38,7 +38,8 @@ def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
                 decayed.append(piece.layer)
     if strengths and not any(strengths):
         warnings.warn(
-            "weight_decay (lambda) is 0 for every layer: this is the plain base optimizer", stacklevel=2
+            "weight_decay (lambda) is 0 for every layer: this is plain Adam (or the plain base optimizer)",
+            stacklevel=2,
         )
     if half:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""How a DTensor parameter (FSDP2, HSDP, tensor parallelism) lies on this rank; a plain one lies there whole."""
+"""How a DTensor parameter (FSDP2, HSDP, tensor parallelism) lies on this rank; a plain one is whole."""
 
 from __future__ import annotations
 

@@ -88,6 +88,11 @@ class ParameterAdapter:
                 scopes.setdefault(group.group_name, (group, []))[1].append(fqn)
         self._slices, self._params = slices, params
         self._scopes = [Scope(group, tuple(layers)) for group, layers in scopes.values()]
+        if self.names and not any(param in self.names for param in params.values()):
+            raise BindingError(
+                f"the model given has none of the optimizer's {len(params)} parameters; pass the model that "
+                "they were taken from, as it was then wrapped or sharded"
+            )
         shapes = {fqn: tuple(p.shape) for fqn, p in params.items()}
         return ShardLayout(tuple(params), shapes, tuple(self._scopes))
 
