@@ -103,7 +103,7 @@ class Rule(Protocol):
         return {name: torch.zeros(len(layers), dtype=torch.float64) for name in self.spec.layer_state}
 
     def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
-        """S, float64 `[num_layers]` or `[num_rows]`; new state goes into `state`; nothing is written in place.
+        """S, float64 `[num_layers]` or `[num_rows]`; new state goes into `state`; never in place.
 
         What comes out non-finite, or for a layer that does not step (no gradient, lr 0, skipped by a gradient
         scaler), is replaced by 0 and its state kept as it was.
