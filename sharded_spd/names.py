@@ -87,14 +87,11 @@ def _by_base_prefix(
         for prefix in heads:
             if f"{prefix}.{plain}" in by_key:
                 trials[f"with {prefix!r} in front"][name] = by_key[f"{prefix}.{plain}"]
-    taken = set(found.values())
     settled = {wanted[name].partition(".")[0] for name in found}
     plausible = {
         change: hits
         for change, hits in trials.items()
-        if len(hits) > len(found)
-        and taken.isdisjoint(hits.values())
-        and settled.isdisjoint(wanted[name].partition(".")[0] for name in hits)
+        if len(hits) > len(found) and settled.isdisjoint(wanted[name].partition(".")[0] for name in hits)
     }
     if len(plausible) > 1:
         example = ", ".join(f"{change}: {len(hits)} layers" for change, hits in sorted(plausible.items()))

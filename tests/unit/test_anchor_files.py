@@ -380,6 +380,15 @@ def test_file_that_changed_in_between(single, tensors):
         anchor.fetch(flat("a.bias", 0, 5))
 
 
+def test_file_that_ends_within_a_read(tmp_path):
+    """As when another process cuts the file off after its size was checked."""
+    path = tmp_path / "short"
+    path.write_bytes(bytes(10))
+    tensor = reader.StoredTensor(str(path), "x", "F32", torch.float32, (3,), begin=0, file_bytes=10)
+    with pytest.raises(AnchorError, match="truncated while tensor 'x' was read"):
+        reader.read_piece(tensor, FlatRange(0), numel=3)
+
+
 def test_integer_tensor_is_refused(tmp_path):
     save_file({"x": torch.arange(2)}, tmp_path / "m.safetensors")
     assert "is I64" in first_problem(tmp_path)

@@ -139,6 +139,11 @@ def test_one_tensor_for_several_layers():
         match_names(["a.weight", "a.base_layer.weight"], ["a.weight"])
 
 
+def test_prefix_that_would_take_a_settled_tensor():
+    with pytest.raises(AnchorError, match=r"^a, vit\.a: all would be a of the checkpoint"):
+        match_names(["a", "vit.a", "vit.b"], ["a", "b"])
+
+
 def test_nothing_in_common_and_nothing_at_all():
     assert match_names(BASE, ["x.y", "z"]) == {}
     assert match_names([], BASE) == {}
