@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 
 from sharded_spd.layout import Box, ShardSlice
 
-CHUNK = 1 << 18
-"""Elements that are worked on at a time: bounds the float64 temporaries to a few MiB."""
+CHUNK = 1 << 16
+"""Elements that are worked on at a time: bounds the float64 temporaries to 512 KiB each."""
 
 _BLOCK = 4096
 """Elements of one partial sum. Below torch's grain size (32,768), so that one thread adds up each partial "
