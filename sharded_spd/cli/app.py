@@ -1,0 +1,101 @@
+"""The commands and their errors: what the user got wrong is one sentence, not a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sharded_spd.errors import AnchorError, BindingError, ConfigError, UnsupportedError
+from sharded_spd.integrations.finetune.config import JobConfig, load_job
+from sharded_spd.integrations.finetune.launch import follow_supervisor, supervise
+from sharded_spd.integrations.finetune.world import RENDEZVOUS, started_as_rank
+
+USER_ERRORS = (ConfigError, AnchorError, BindingError, UnsupportedError)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def sharded_spd() -> None:
+    """Selective Projection Decay for sharded training."""
+
+
+@app.command()
+def finetune(
+    config: Annotated[
+        str | None,
+        typer.Argument(help="The job's YAML file; the built-in quickstart (handwritten digits) if left out."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings on top: train.lr=1e-4, ranks=4, spd=@configs/rules/l2sp.yaml"),
+    ] = None,
+) -> None:
+    """Fine-tune a Hugging Face checkpoint and test it in and out of distribution, method beside method."""
+    overrides = list(settings or ())
+    if config is not None and "=" in config and not Path(config).exists():
+        overrides.insert(0, config)
+        config = None
+    path = Path(config) if config is not None else quickstart_recipe()
+    job = load_job(path, overrides)
+    try:
+        code = _start(job, ["finetune", str(path), *overrides])
+    except KeyboardInterrupt:  # before anybody listens for it
+        print("Stopped before anything was saved.", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    raise typer.Exit(code)
+
+
+def quickstart_recipe() -> Path:
+    """The built-in recipe: packaged with an installation, in `configs/` of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (
+        package / "recipes" / "quickstart.yaml",
+        package.parent / "configs" / "recipes" / "quickstart.yaml",
+    )
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError(f"the built-in recipe is neither at {places[0]} nor at {places[1]}: name a YAML file")
+
+
+def _start(job: JobConfig, arguments: Sequence[str]) -> int:
+    """Be a rank of the job if a launcher says so, its only rank, or the one that starts the ranks."""
+    from sharded_spd.integrations.finetune.job import check_job, run_job
+
+    if started_as_rank() or job.ranks == 1:
+        return run_job(job)
+    check_job(job)
+    return supervise(arguments, ranks=job.ranks)
+
+
+def _leave(code: int) -> None:
+    """End this process. A rank that the command started skips the interpreter's own ending.
+
+    There gloo's threads have been seen to abort a job that was done and saved.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if RENDEZVOUS in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line and exit: 0, 1 for a failure, 2 for a user's error, 130 or 143 after a signal."""
+    follow_supervisor()
+    try:
+        app()
+        code = 0
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else 1
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    _leave(code)

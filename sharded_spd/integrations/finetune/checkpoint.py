@@ -1,0 +1,135 @@
+"""Hugging Face checkpoint directories: checked before they are used, written beside and renamed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from sharded_spd.anchors.base import AnchorStore
+from sharded_spd.errors import AnchorError, ConfigError
+from sharded_spd.layout import ShardSlice
+
+_CARRIED = ("preprocessor_config.json", "processor_config.json")
+
+
+def check_checkpoint(path: str) -> Path:
+    """The directory `path`, if it looks like a Hugging Face checkpoint in safetensors.
+
+    Raises:
+        ConfigError: there is none, or it lacks its configuration or its weights.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ConfigError(f"checkpoint: there is no directory {path} (relative paths start at {Path.cwd()})")
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"checkpoint: {path} has no config.json, so it is no Hugging Face checkpoint")
+    if not weight_files(directory):
+        raise ConfigError(f"checkpoint: {path} has no *.safetensors file; only safetensors weights are read")
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of its index, or all of them."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [directory / name for name in sorted(names)]
+    return sorted(directory.glob("*.safetensors"))
+
+
+def stored_names(directory: Path) -> list[str]:
+    """The names of the tensors in a checkpoint's files, read from their headers."""
+    names: list[str] = []
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names += opened.keys()
+        except (OSError, SafetensorError) as error:
+            raise AnchorError(f"{file} cannot be read as safetensors: {error}") from None
+    return names
+
+
+def names_in_checkpoint(model: nn.Module, directory: Path) -> dict[str, str]:
+    """Which stored tensor each parameter of `model` was loaded from, by the parameter's FQN.
+
+    transformers renames tensors when it loads some architectures, so the file has other names than the model.
+    A parameter that the checkpoint lacks, or that is made of several stored tensors, is not in the result.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = stored_names(directory)
+    found = {name: name for name in stored if name in parameters}
+    transforms = getattr(model, "_weight_conversions", None)
+    if transforms is None:
+        return found
+    loading = importlib.import_module("transformers.core_model_loading")
+    renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+    shapes = dict(model.state_dict())
+    for name in stored:
+        fqn, converter = loading.rename_source_key(
+            name, renamings, converters, getattr(model, "base_model_prefix", ""), shapes
+        )
+        if converter is None and fqn in parameters:
+            found.setdefault(fqn, name)
+    return found
+
+
+@dataclass(frozen=True)
+class RenamedAnchor:
+    """An anchor store whose layers have other names than the model's: `names` maps FQN to stored name."""
+
+    inner: AnchorStore
+    names: Mapping[str, str]
+
+    @property
+    def source(self) -> str:
+        """What the values are: the same as without the renaming."""
+        return self.inner.source
+
+    def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """One sentence per layer that the store cannot serve with that full shape."""
+        return self.inner.problems({self.names.get(fqn, fqn): shape for fqn, shape in shapes.items()})
+
+    def fetch(self, piece: ShardSlice) -> torch.Tensor | None:
+        """The values of `piece`, under the name that the file has for its layer."""
+        return self.inner.fetch(replace(piece, layer=self.names.get(piece.layer, piece.layer)))
+
+
+def save_checkpoint(
+    model_class: type[Any],
+    config: Any,
+    state: Mapping[str, torch.Tensor],
+    directory: Path,
+    *,
+    like: Path | None,
+) -> None:
+    """Write a Hugging Face checkpoint that `from_pretrained` loads, beside `directory`, then rename it.
+
+    `state`: full tensors by FQN. `like`: the checkpoint whose preprocessing goes with it.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(dict(state), assign=True, strict=False)
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if left:
+        raise AnchorError(f"the trained state lacks {', '.join(left[:5])}: nothing was saved at {directory}")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    for name in _CARRIED:
+        if like is not None and (like / name).is_file():
+            shutil.copy2(like / name, beside / name)
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(beside, directory)

@@ -1,0 +1,217 @@
+"""Engines of the job, by name: how a model is spread over the ranks, stepped, and gathered again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.config import NamedBlock
+from sharded_spd.integrations.finetune.strict import build, choice
+from sharded_spd.integrations.finetune.world import World
+
+Precision = Literal["float32", "bfloat16", "float16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """An engine without settings of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDP2Options:
+    """Settings of `fully_shard`; `blocks` names the classes of the modules that are sharded one by one."""
+
+    param_dtype: Precision = "float32"
+    reduce_dtype: Precision = "float32"
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    blocks: tuple[str, ...] = ()
+
+
+class Engine(ABC):
+    """One model under one engine: wrap it, train it, gather it."""
+
+    options: ClassVar[type[Any]] = NoOptions
+
+    def __init__(self, model: nn.Module, options: Any, world: World) -> None:
+        self.options_given = options
+        self.world = world
+        self.model = self.wrap(model.to(world.device))
+
+    @property
+    def named_model(self) -> nn.Module:
+        """The module whose parameter names are the checkpoint's own."""
+        return self.model
+
+    @abstractmethod
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as this engine trains it, collective."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Form the gradients of `loss`; they are averaged over the ranks when this returns."""
+        loss.backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
+        """Clip, step and clear the gradients."""
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def after_evaluation(self) -> None:
+        """Put the parameters back as training wants them after a forward without gradients."""
+        return
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The whole model on the main rank's CPU, by FQN; empty on the others. Collective."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return state
+
+    def squared_distance(self, start: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """|w - start|^2 and |start|^2 over the whole model, collective; `start` is from `local_copy`."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for name, tensor in self.local_tensors().items():
+            before = start[name].double()
+            sums += torch.stack([(tensor.double() - before).square().sum(), before.square().sum()])
+        distance, size = self.sum_over_shards(sums).tolist()
+        return distance, size
+
+    def local_copy(self) -> dict[str, torch.Tensor]:
+        """A copy of what this rank holds of each parameter."""
+        return {name: tensor.clone() for name, tensor in self.local_tensors().items()}
+
+    def local_tensors(self) -> dict[str, torch.Tensor]:
+        """What this rank holds of each parameter."""
+        return {name: p.detach() for name, p in self.named_model.named_parameters()}
+
+    def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up what the ranks hold of one copy of the model (modified in place)."""
+        return values
+
+
+class Single(Engine):
+    """The whole model in one process."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        if self.world.size > 1:
+            raise ConfigError(
+                f"engine: single runs one rank, got {self.world.size}; take ddp or fsdp2, or set ranks: 1"
+            )
+        return model
+
+
+class DDP(Engine):
+    """A whole copy of the model on every rank."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model under `DistributedDataParallel`."""
+        if self.world.size == 1 and not torch.distributed.is_initialized():
+            return model  # nothing to average with
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DistributedDataParallel(model)
+
+    @property
+    def named_model(self) -> nn.Module:
+        """The module inside the wrapper."""
+        inner: nn.Module = getattr(self.model, "module", self.model)
+        return inner
+
+
+class FSDP2(Engine):
+    """Parameters, gradients and optimizer state split over the ranks by `fully_shard`."""
+
+    options = FSDP2Options
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its blocks and its root sharded."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+        given: FSDP2Options = self.options_given
+        kind = self.world.device.type
+        if not torch.distributed.is_initialized():
+            raise ConfigError(
+                "engine: fsdp2 needs a launcher's ranks: set ranks: 2 or more, or start with torchrun"
+            )
+        mesh = init_device_mesh(kind, (self.world.size,))
+        settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": given.reshard_after_forward}
+        if (given.param_dtype, given.reduce_dtype) != ("float32", "float32"):
+            settings["mp_policy"] = MixedPrecisionPolicy(
+                _DTYPES[given.param_dtype], _DTYPES[given.reduce_dtype]
+            )
+        if given.cpu_offload:
+            settings["offload_policy"] = CPUOffloadPolicy(pin_memory=kind == "cuda")
+        for block in _blocks(model, given.blocks):
+            fully_shard(block, **settings)
+        fully_shard(model, **settings)  # in place
+        return model
+
+    def after_evaluation(self) -> None:
+        """Reshard: a forward without a backward leaves the root whole."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def local_tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's shard of each parameter."""
+        self.after_evaluation()
+        with torch.no_grad():
+            return {name: _local(p) for name, p in self.model.named_parameters()}
+
+    def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """Summed over all ranks: each holds another part."""
+        return self.world.sum_(values)
+
+
+def _local(parameter: Any) -> Any:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _blocks(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The modules to shard one by one: those of the given classes, else of those that must not be split."""
+    wanted = set(names or getattr(model, "_no_split_modules", None) or ())
+    found = [m for m in model.modules() if m is not model and type(m).__name__ in wanted]
+    if names and not found:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        raise ConfigError(
+            f"engine.blocks: no module is a {' or '.join(names)}; this model has {', '.join(kinds)}"
+        )
+    return found
+
+
+ENGINES: Mapping[str, type[Engine]] = {"single": Single, "ddp": DDP, "fsdp2": FSDP2}
+
+
+def engine_factory(block: NamedBlock, world: World) -> Callable[[nn.Module], Engine]:
+    """What spreads a model as the block `engine` says, its name and options checked.
+
+    Raises:
+        ConfigError: an unknown engine (with the nearest name) or option.
+    """
+    options = check_engine(block)
+    return lambda model: ENGINES[block.name](model, options, world)
+
+
+def check_engine(block: NamedBlock, *, path: str = "engine") -> Any:
+    """The options of an engine block.
+
+    Raises:
+        ConfigError: an unknown engine (with the nearest name) or option.
+    """
+    if block.name not in ENGINES:
+        raise choice(path, block.name, list(ENGINES))
+    return build(ENGINES[block.name].options, block.options, path)

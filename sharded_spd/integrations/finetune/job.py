@@ -1,0 +1,205 @@
+"""The fine-tuning job from end to end, as every rank runs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
+from sharded_spd.integrations.finetune.config import PLAIN, JobConfig
+from sharded_spd.integrations.finetune.engines import check_engine
+from sharded_spd.integrations.finetune.methods import Method
+from sharded_spd.integrations.finetune.plot import draw
+from sharded_spd.integrations.finetune.pretrain import cached_checkpoint, make_checkpoint
+from sharded_spd.integrations.finetune.progress import Display
+from sharded_spd.integrations.finetune.records import Recorder, TrainingResult, new_directory
+from sharded_spd.integrations.finetune.report import compared, print_summary, write_results
+from sharded_spd.integrations.finetune.select import choose_strength
+from sharded_spd.integrations.finetune.tasks import make_task
+from sharded_spd.integrations.finetune.train import StepReport, total_steps
+from sharded_spd.integrations.finetune.training import Trainer
+from sharded_spd.integrations.finetune.world import Interrupted, StopRequest, World, join_world
+
+
+def check_job(config: JobConfig) -> None:
+    """Find what is wrong with a job without starting it.
+
+    Raises:
+        ConfigError: an unknown task, engine or option, or a missing checkpoint.
+    """
+    make_task(config, torch.device("cpu"))
+    check_engine(config.engine)
+    if config.engine.name == "single" and config.ranks > 1:
+        raise ConfigError(
+            f"engine: single runs one rank, got ranks: {config.ranks}; take ddp or fsdp2, or set ranks: 1"
+        )
+    if config.checkpoint is not None:
+        check_checkpoint(config.checkpoint)
+    if config.pretrain is not None:
+        check_engine(config.pretrain.engine, path="pretrain.engine")
+
+
+def run_job(config: JobConfig) -> int:
+    """Run the job on this rank and return its exit code: 0, or 130 / 143 where it was stopped by a signal."""
+    check_job(config)
+    _quiet_libraries()
+    with StopRequest().listening() as stop, join_world(config.device) as world:
+        return _Job(config, world, stop).run()
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+class _Job:
+    """One job on one rank: what it was told, where it writes, and what it has found so far."""
+
+    def __init__(self, config: JobConfig, world: World, stop: StopRequest) -> None:
+        self.config, self.world, self.stop = config, world, stop
+        self.task = make_task(config, world.device)
+        self.directory = Path(self._agreed_directory())
+        self.recorder = Recorder(self.directory if world.main else None)
+        self.display = Display(visible=world.main)
+        self.results: list[TrainingResult] = []
+        self.started = time.perf_counter()
+        if world.main:
+            (self.directory / "config.json").write_text(config.to_json(), encoding="utf-8")
+
+    def _agreed_directory(self) -> str:
+        made, problem = None, None
+        if self.world.main:
+            try:
+                made = str(new_directory(self.config.output_dir))
+            except OSError as error:
+                problem = f"output_dir: {self.config.output_dir} cannot be made: {error.strerror}"
+        made, problem = self.world.share((made, problem))
+        if made is None:
+            raise ConfigError(problem or "output_dir: no directory")
+        return str(made)
+
+    def run(self) -> int:
+        """Every stage in order; a stop in any of them keeps what is finished."""
+        stopped, kept = False, None
+        trainer: Trainer | None = None
+        with self.display as display:
+            try:
+                display.say(f"Writing to {self.directory}")
+                checkpoint = self._checkpoint()
+                trainer = Trainer(
+                    self.config, self.task, checkpoint, self.world, self.stop, self.recorder, display
+                )
+                self._train_all(trainer)
+            except Interrupted:
+                stopped = True
+                kept = trainer.save_interrupted(self.directory) if trainer is not None else None
+        self._finish()
+        if not stopped:
+            return 0
+        self.display.say(self._what_was_saved(kept))
+        return self._stop_code()
+
+    def _stop_code(self) -> int:
+        """The exit code of a stopped job, the same on all ranks."""
+        own = self.stop.exit_code if self.stop.signal is not None else 0
+        return int(self.world.share(own)) or self.stop.exit_code
+
+    def _checkpoint(self) -> Path:
+        pretrain = self.config.pretrain
+        if pretrain is None:
+            return check_checkpoint(self.config.checkpoint or "")
+        path = cached_checkpoint(self.config, pretrain, ranks=self.world.size)
+        if self.world.share((path / "config.json").is_file()):
+            self.display.say(f"Pre-trained checkpoint: {path} (made by an earlier run)")
+            return path
+        self.display.say(f"Pre-training a {pretrain.model_type} ({pretrain.augment} augmentations), once")
+        self.display.begin("pre-training")
+        done = 0
+
+        def on_step(report: StepReport) -> None:
+            nonlocal done
+            if done == 0:
+                self.display.begin_stage(report.steps)
+            self.display.advance(report, steps=report.step - done)
+            self.recorder.write("pretrain", step=report.step, loss=report.loss, lr=report.lr)
+            done = report.step
+
+        accuracy = make_checkpoint(
+            self.config, pretrain, self.task, to=path, world=self.world, stop=self.stop, on_step=on_step
+        )
+        self.recorder.write("pretrained", checkpoint=str(path), held_out=accuracy)
+        self.display.say(f"Pre-trained checkpoint: {path} ({accuracy:.1f} % on held-out images)")
+        return path
+
+    def _train_all(self, trainer: Trainer) -> None:
+        config = self.config
+        candidates = {name: config.select.weight_decay.get(name, ()) for name in config.compare}
+        tried = sum(len(strengths) for strengths in candidates.values() if len(strengths) > 1)
+        steps = total_steps(len(trainer.splits(config.seeds[0]).train.labels), config.train)
+        self.display.begin_stage(steps * len(config.seeds) * (tried + len(config.compare)))
+        zero_shot = trainer.zero_shot(config.seeds[0])
+        self.display.say(
+            "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in zero_shot.scores.items())
+        )
+        methods = [self._choose(name, candidates[name], trainer) for name in config.compare]
+        for seed in config.seeds:
+            for method in methods:
+                save = config.save == "all" or (config.save == "first-seed" and seed == config.seeds[0])
+                to = self.directory / "checkpoints" / f"{method.name}-seed{seed}" if save else None
+                self.results.append(trainer.train(method, seed, save_to=to))
+
+    def _choose(self, name: str, strengths: Sequence[float], trainer: Trainer) -> Method:
+        if name == PLAIN:
+            return Method(name)
+        if not strengths:
+            return Method(name, self.config.spd_config(name).weight_decay)
+        if len(strengths) == 1:
+            return Method(name, strengths[0])
+        validation = trainer.splits(self.config.seeds[0]).validation
+        if validation is None:
+            raise ConfigError(
+                "select: choosing a strength takes a validation set; give data.validation, or one strength"
+            )
+        found = {
+            strength: [
+                trainer.validate(Method(name, strength), seed, validation) for seed in self.config.seeds
+            ]
+            for strength in strengths
+        }
+        chosen = choose_strength(found, examples=len(validation.labels), rule=self.config.select.rule)
+        means = ", ".join(f"{s:g}: {sum(v) / len(v):.1f}" for s, v in found.items())
+        self.display.say(f"{name}: λ {chosen:g} chosen by validation accuracy ({means})")
+        self.recorder.write(
+            "selected", method=name, weight_decay=chosen, validation={str(s): v for s, v in found.items()}
+        )
+        return Method(name, chosen)
+
+    def _finish(self) -> None:
+        """Summarise what is finished; on the main rank only."""
+        if self.world.main and self.results:
+            seconds = time.perf_counter() - self.started
+            columns = compared(self.results)
+            write_results(self.directory / "results.json", self.results, columns, seconds=seconds)
+            draw(columns, self.directory / "id_ood.png", metric=self.task.metric)
+            print_summary(self.display.console, columns, metric=self.task.metric)
+            self.display.say(
+                f"{seconds:.0f} s on {self.world.size} rank(s). In {self.directory}: metrics.jsonl, "
+                "results.json, id_ood.png" + ("" if self.config.save == "none" else ", checkpoints/")
+            )
+        self.recorder.write("end", trainings=[asdict(r) | {"history": None} for r in self.results])
+        self.recorder.close()
+
+    def _what_was_saved(self, where: Path | None) -> str:
+        saved = [f"metrics.jsonl and config.json in {self.directory}"]
+        if self.results:
+            saved.insert(0, f"{len(self.results)} finished training(s) with their results")
+        if where is not None:
+            saved.append(f"the unfinished model at {where}")
+        return f"Stopped by {(self.stop.signal or 'a signal')!s}. Saved: {'; '.join(saved)}."

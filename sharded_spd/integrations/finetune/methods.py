@@ -1,0 +1,63 @@
+"""The methods that a job compares: plain AdamW, or AdamW with a rule attached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sharded_spd.anchors.files import FileAnchor
+from sharded_spd.api import attach
+from sharded_spd.config import SPDConfig
+from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor
+from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, PLAIN, JobConfig, TrainConfig
+from sharded_spd.integrations.finetune.engines import Engine
+from sharded_spd.projector import Projector
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's name and its strength; None: plain AdamW, which has none."""
+
+    name: str
+    weight_decay: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Name and strength, for tables and messages."""
+        return self.name if self.weight_decay is None else f"{self.name} (λ {self.weight_decay:g})"
+
+
+def make_optimizer(engine: Engine, config: TrainConfig, *, weight_decay: float) -> torch.optim.AdamW:
+    """Torch's fused AdamW over every parameter that is trained."""
+    return torch.optim.AdamW(
+        [(name, p) for name, p in engine.named_model.named_parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=weight_decay,
+        fused=True,
+    )
+
+
+def set_up(
+    method: Method, engine: Engine, config: JobConfig, *, checkpoint: Path, names: Mapping[str, str]
+) -> tuple[torch.optim.Optimizer, Projector | None]:
+    """The optimizer of `method`, with its rule attached unless it is plain AdamW. Collective.
+
+    `names`: FQN to the stored name in `checkpoint`, the anchor unless the `spd` block says otherwise.
+    """
+    if method.name == PLAIN:
+        return make_optimizer(engine, config.train, weight_decay=config.train.adamw_weight_decay), None
+    optimizer = make_optimizer(engine, config.train, weight_decay=0.0)
+    spd = _with_anchor(config.spd_config(method.name, method.weight_decay), checkpoint, names)
+    return optimizer, attach(optimizer, engine.named_model, spd)
+
+
+def _with_anchor(spd: SPDConfig, checkpoint: Path, names: Mapping[str, str]) -> SPDConfig:
+    if spd.anchor.source != FROM_CHECKPOINT:
+        return spd
+    store = RenamedAnchor(FileAnchor(checkpoint, spd.anchor.dtype, spd.anchor_missing), names)
+    return replace(spd, anchor=replace(spd.anchor, source=store))

@@ -1,0 +1,85 @@
+"""The picture of a job: in-distribution against out-of-distribution scores over training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sharded_spd.integrations.finetune.records import Evaluation, Figure
+from sharded_spd.integrations.finetune.report import Column
+
+_COLOURS = ("#d1495b", "#2e86ab", "#3b8c5a", "#8f5fbf", "#e09f3e", "#6b6b6b")
+
+
+def draw(columns: Sequence[Column], path: Path, *, metric: str) -> None:
+    """Draw each method's way from the zero-shot point, and its scores by epoch, with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (plane, time) = pyplot.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    start = columns[0].last(columns[0].runs[0])
+    for column, colour in zip(columns[1:], _COLOURS, strict=False):
+        _way(plane, column, colour)
+        _by_epoch(time, column, colour)
+    plane.plot(start.id, start.ood, "*", color="black", markersize=13, label="zero-shot", zorder=5)
+    plane.set_xlabel(f"in-distribution {metric} (%)")
+    plane.set_ylabel(f"out-of-distribution {metric} (%)")
+    plane.set_title("From the pre-trained model to the end of training", fontsize=10)
+    time.set_xlabel("epoch")
+    time.set_ylabel(f"{metric} (%)")
+    time.set_title("Solid: out of distribution. Dashed: in distribution", fontsize=10)
+    for axes in (plane, time):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    plane.legend(frameon=False, loc="best")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _means(column: Column) -> list[tuple[float, Figure, Figure]]:
+    moments: list[tuple[Evaluation, ...]] = list(zip(*(run.history for run in column.runs), strict=False))
+    return [(m[0].epoch, Figure.of([e.id for e in m]), Figure.of([e.ood for e in m])) for m in moments]
+
+
+def _way(axes: Any, column: Column, colour: str) -> None:
+    means = _means(column)
+    xs, ys = [i.mean for _, i, _ in means], [o.mean for _, _, o in means]
+    axes.plot(xs, ys, "-o", color=colour, markersize=3.5, linewidth=1.3, alpha=0.6)
+    _, last_id, last_ood = means[-1]
+    axes.errorbar(
+        last_id.mean,
+        last_ood.mean,
+        xerr=_bar(last_id),
+        yerr=_bar(last_ood),
+        fmt="o",
+        color=colour,
+        markersize=8,
+        capsize=3,
+        label=column.title,
+        zorder=4,
+    )
+
+
+def _by_epoch(axes: Any, column: Column, colour: str) -> None:
+    means = _means(column)
+    epochs = [epoch for epoch, _, _ in means]
+    for pick, style in ((2, "-"), (1, "--")):
+        figures: list[Figure] = [m[pick] for m in means]  # type: ignore[misc]
+        axes.errorbar(
+            epochs,
+            [f.mean for f in figures],
+            yerr=[_bar(f) or 0.0 for f in figures],
+            linestyle=style,
+            color=colour,
+            marker="o",
+            markersize=3,
+            linewidth=1.3,
+            capsize=2,
+        )
+
+
+def _bar(figure: Figure) -> float | None:
+    return figure.error if figure.error == figure.error else None  # NaN: one seed

@@ -1,0 +1,96 @@
+"""The progress bar of a job on a terminal, plain lines elsewhere, silence on all ranks but the main one."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sharded_spd.integrations.finetune.records import Evaluation
+from sharded_spd.integrations.finetune.train import StepReport
+
+PLAIN_SECONDS = 10.0
+"""At least how long between two plain lines of one training."""
+
+
+class Display:
+    """One bar over all trainings of a job, with the figures of the last step."""
+
+    def __init__(self, *, visible: bool) -> None:
+        self.console = Console(quiet=not visible, highlight=False)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._title = ""
+        self._done = self._expected = 0
+        self._last_line = time.monotonic()
+        if visible and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:3.0f}%"),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self.console,
+                expand=True,
+                transient=True,
+            )
+            self._task = self._bar.add_task("starting", total=None, figures="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin_stage(self, steps: int) -> None:
+        """Start a bar of so many steps."""
+        self._done, self._expected = 0, steps
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=steps, completed=0, figures="")
+
+    def begin(self, title: str) -> None:
+        """Name the training that the next steps belong to."""
+        self._title = title
+        self._last_line = time.monotonic()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=title)
+
+    def advance(
+        self,
+        report: StepReport,
+        *,
+        steps: int,
+        activation_rate: float | None = None,
+        deviation: float | None = None,
+    ) -> None:
+        """Move on by `steps`."""
+        self._done += steps
+        figures = [f"loss {report.loss:.3f}", f"lr {report.lr:.0e}".replace("e-0", "e-")]
+        if activation_rate is not None:
+            figures.append(f"pulled {activation_rate:.0%}")
+        if deviation is not None:
+            figures.append(f"moved {deviation:.1%}")
+        figures.append(f"{report.samples_per_second:.0f}/s")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, figures=" ".join(figures))
+        elif time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            share = f"{self._done / max(1, self._expected):.0%} done"
+            self.say(f"{self._title}: step {report.step}/{report.steps}  {'  '.join(figures)}  ({share})")
+
+    def evaluated(self, found: Evaluation) -> None:
+        """Tell an evaluation where there is no bar."""
+        if self._bar is None:
+            self.say(f"{self._title}: epoch {found.epoch:.0f}  ID {found.id:.1f}  OOD {found.ood:.1f}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, soft_wrap=True)

@@ -1,0 +1,104 @@
+"""What a job writes down: the directory of a run, its lines of metrics, and the results of its trainings."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ID = "test"
+"""The name of the in-distribution test set among the scores."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores in percent at one moment of a training: `test` and each out-of-distribution set by name."""
+
+    step: int
+    epoch: float
+    scores: Mapping[str, float]
+
+    @property
+    def id(self) -> float:
+        """The in-distribution score."""
+        return self.scores[ID]
+
+    @property
+    def ood(self) -> float:
+        """The mean over the out-of-distribution sets; NaN without any."""
+        others = [score for name, score in self.scores.items() if name != ID]
+        return statistics.fmean(others) if others else math.nan
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """One finished training; `history` starts with the zero-shot evaluation."""
+
+    method: str
+    weight_decay: float | None
+    seed: int
+    history: Sequence[Evaluation]
+    activation_rate: float | None
+    deviation: float
+    samples_per_second: float
+    seconds: float
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over seeds and its standard error (NaN with one seed)."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        """Mean and standard error of `values`."""
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), error)
+
+    def text(self, digits: int = 1) -> str:
+        """`94.9 ± 0.2`, or the mean alone where there is one seed."""
+        if math.isnan(self.mean):
+            return "-"
+        error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+class Recorder:
+    """Writes `metrics.jsonl` line by line; without a directory, as on all ranks but the main one, nothing."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._file = None if directory is None else open(directory / "metrics.jsonl", "a", encoding="utf-8")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one line, flushed, so that a run that dies leaves what it knew."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def new_directory(wanted: str) -> Path:
+    """Make the directory `wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist yet."""
+    base = Path(wanted)
+    number = 1
+    while True:
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.is_dir() and not any(path.iterdir()):
+                return path
+            number += 1
+        else:
+            return path

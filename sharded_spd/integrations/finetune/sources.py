@@ -1,0 +1,159 @@
+"""Where a job's images come from: the digits that scikit-learn ships, or the user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.config import NamedBlock
+from sharded_spd.integrations.finetune.corruptions import seven_corruptions
+from sharded_spd.integrations.finetune.data import ArrayImages, ImageSet, Splits, read_images
+from sharded_spd.integrations.finetune.strict import build, choice, wrong
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What the model takes: image size (height, width), channels, and its classes by name."""
+
+    size: tuple[int, int]
+    channels: int
+    classes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsOptions:
+    """How one permutation by `split_seed` deals out the 1797 digits, in this order; the rest is the test."""
+
+    pretrain: int = 800
+    pool: int = 250
+    validation: int = 300
+    train: int = 200
+    split_seed: int = 0
+    corruption_seed: int = 7
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain", "pool", "validation", "train"):
+            if getattr(self, name) < 1:
+                raise wrong(name, "1 or more images", getattr(self, name))
+        if self.train > self.pool:
+            raise ConfigError(f"train: {self.train} images cannot be drawn from a pool of {self.pool}")
+        if self.pretrain + self.pool + self.validation >= 1797:
+            raise ConfigError("pretrain + pool + validation must leave some of the 1797 digits for the test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesOptions:
+    """The user's sets: `.npz` or `.safetensors` files with `images` and `labels`, or folders of classes.
+
+    `train_images`: draw only that many of `train`, another draw per seed (all if null).
+    """
+
+    train: str
+    test: str
+    validation: str | None = None
+    ood: Mapping[str, str] = field(default_factory=dict)
+    train_images: int | None = None
+
+
+def load_splits(block: NamedBlock, *, spec: ImageSpec, seed: int) -> Splits:
+    """The sets of a job whose `data` block is `block`, for a model that takes `spec`, in the run with `seed`.
+
+    Raises:
+        ConfigError: an unknown source or option, a file that is missing or does not fit the model.
+    """
+    if block.name not in SOURCES:
+        raise choice("data", block.name, list(SOURCES))
+    options, load = SOURCES[block.name]
+    return load(build(options, block.options, "data"), spec, seed)
+
+
+def _digits(options: DigitsOptions, spec: ImageSpec, seed: int) -> Splits:
+    from sklearn.datasets import load_digits
+
+    if (spec.channels, *spec.size) != (1, 8, 8) or len(spec.classes) != 10:
+        raise ConfigError(
+            f"data: the digits are 1 x 8 x 8 in 10 classes, but the checkpoint takes "
+            f"{spec.channels} x {spec.size[0]} x {spec.size[1]} in {len(spec.classes)}"
+        )
+    raw = load_digits()
+    every = ArrayImages(
+        torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16,
+        torch.tensor(raw.target, dtype=torch.int64),
+    )
+    order = torch.randperm(len(every.labels), generator=torch.Generator().manual_seed(options.split_seed))
+    sizes = [options.pretrain, options.pool, options.validation]
+    pretrain, pool, validation, test = order.split([*sizes, len(order) - sum(sizes)])
+    tested = every.subset(test)
+    return Splits(
+        train=every.subset(pool[_draw(len(pool), options.train, seed)]),
+        validation=every.subset(validation),
+        test=tested,
+        ood={
+            name: ArrayImages(change(tested.pixels), tested.labels)
+            for name, change in seven_corruptions(seed=options.corruption_seed).items()
+        },
+        pretrain=every.subset(pretrain),
+    )
+
+
+def _files(options: FilesOptions, spec: ImageSpec, seed: int) -> Splits:
+    def read(path: str, key: str) -> ImageSet:
+        found = read_images(
+            Path(path), key=f"data.{key}", size=spec.size, channels=spec.channels, classes=spec.classes
+        )
+        _check_labels(found, key=f"data.{key}", path=path, classes=len(spec.classes))
+        return found
+
+    train = read(options.train, "train")
+    if options.train_images is not None:
+        if not 0 < options.train_images <= len(train.labels):
+            raise wrong("data.train_images", f"1 to {len(train.labels)} images", options.train_images)
+        train = _Drawn(train, _draw(len(train.labels), options.train_images, seed))
+    return Splits(
+        train=train,
+        test=read(options.test, "test"),
+        validation=None if options.validation is None else read(options.validation, "validation"),
+        ood={name: read(path, f"ood.{name}") for name, path in options.ood.items()},
+    )
+
+
+def _check_labels(images: ImageSet, *, key: str, path: str, classes: int) -> None:
+    labels = images.labels
+    if len(labels) == 0:
+        raise ConfigError(f"{key}: {path} holds no images")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ConfigError(
+            f"{key}: {path} has labels from {low} to {high}, but the model has {classes} classes "
+            f"(0 to {classes - 1}); name yours under classes for a new head"
+        )
+
+
+def _draw(count: int, wanted: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(1000 + seed))[:wanted]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Some of the images of another set."""
+
+    whole: ImageSet
+    indices: torch.Tensor
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return self.whole.labels[self.indices]
+
+    def images(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.whole.images(self.indices[indices])
+
+
+SOURCES: Mapping[str, tuple[type[Any], Callable[[Any, ImageSpec, int], Splits]]] = {
+    "digits": (DigitsOptions, _digits),
+    "files": (FilesOptions, _files),
+}

@@ -1,0 +1,195 @@
+"""One training of a job: a method and a seed, from the same start as every other."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sharded_spd.integrations.finetune.checkpoint import names_in_checkpoint
+from sharded_spd.integrations.finetune.config import JobConfig
+from sharded_spd.integrations.finetune.data import ImageSet, Splits
+from sharded_spd.integrations.finetune.engines import Engine, engine_factory
+from sharded_spd.integrations.finetune.evaluate import evaluate
+from sharded_spd.integrations.finetune.methods import Method, set_up
+from sharded_spd.integrations.finetune.progress import Display
+from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
+from sharded_spd.integrations.finetune.tasks import Task
+from sharded_spd.integrations.finetune.train import StepReport, fit
+from sharded_spd.integrations.finetune.world import StopRequest, World
+
+
+class _Live:
+    """A model in training: its engine, its optimizer, and how far it has moved from its start."""
+
+    def __init__(self, trainer: Trainer, method: Method, seed: int) -> None:
+        torch.manual_seed(seed)  # of a new head
+        model = trainer.task.load_model(trainer.checkpoint)
+        self.model_class, self.model_config = type(model), model.config
+        names = names_in_checkpoint(model, trainer.checkpoint)
+        self.engine: Engine = engine_factory(trainer.config.engine, trainer.world)(model)
+        self.optimizer, self.projector = set_up(
+            method, self.engine, trainer.config, checkpoint=trainer.checkpoint, names=names
+        )
+        self._start = self.engine.local_copy() if self.projector is None else {}
+        self.rates: list[float] = []
+
+    def distance(self) -> float:
+        """|w - w0| / |w0| over all layers, collective."""
+        if self.projector is None:
+            distance, size = self.engine.squared_distance(self._start)
+        else:
+            norms = self.projector.deviation().values()
+            distance, size = sum(d * d for d, _ in norms), sum(n * n for _, n in norms)
+        return math.sqrt(distance / size) if size else math.nan
+
+    def step_figures(self) -> tuple[float | None, float | None]:
+        """The activation rate and the relative deviation of the last step, where a rule is attached."""
+        if self.projector is None:
+            return None, None
+        metrics = self.projector.metrics()
+        rate = float(metrics["activation_rate"])
+        self.rates.append(rate)
+        return rate, metrics.get("deviation_rel")
+
+
+class Trainer:
+    """Trains each method of a job from the job's checkpoint."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        task: Task,
+        checkpoint: Path,
+        world: World,
+        stop: StopRequest,
+        recorder: Recorder,
+        display: Display,
+    ) -> None:
+        self.config, self.task, self.checkpoint = config, task, checkpoint
+        self.world, self.stop, self.recorder, self.display = world, stop, recorder, display
+        self._live: _Live | None = None
+        self._model_config = task.load_model(checkpoint).config
+        self._seen: dict[int, Splits] = {}
+        self._zero_shot: dict[int, Evaluation] = {}
+
+    def splits(self, seed: int) -> Splits:
+        """The sets of the run with `seed`, read once."""
+        if seed not in self._seen:
+            self._seen[seed] = self.task.splits(self._model_config, seed=seed)
+        return self._seen[seed]
+
+    def zero_shot(self, seed: int) -> Evaluation:
+        """The scores before training, found once; only a new head makes them depend on the seed."""
+        seed = seed if self.config.classes else self.config.seeds[0]
+        if seed not in self._zero_shot:
+            self._zero_shot[seed] = self._score_start(seed)
+        return self._zero_shot[seed]
+
+    def _score_start(self, seed: int) -> Evaluation:
+        torch.manual_seed(seed)
+        engine = engine_factory(self.config.engine, self.world)(self.task.load_model(self.checkpoint))
+        return self._evaluate(engine, seed, step=0, epoch=0.0)
+
+    def _evaluate(self, engine: Engine, seed: int, *, step: int, epoch: float) -> Evaluation:
+        splits = self.splits(seed)
+        sets: dict[str, ImageSet] = {ID: splits.test, **splits.ood}
+        scores = evaluate(engine, self.task, sets, batch_size=self.config.eval_batch_size)
+        return Evaluation(step, epoch, scores)
+
+    def validate(self, method: Method, seed: int, validation: ImageSet) -> float:
+        """Train, then score the validation set; the test sets are not touched."""
+        live = self._fit(method, seed, purpose="select")
+        score = evaluate(live.engine, self.task, {"v": validation}, batch_size=self.config.eval_batch_size)[
+            "v"
+        ]
+        self.recorder.write(
+            "validation", method=method.name, weight_decay=method.weight_decay, seed=seed, score=score
+        )
+        self._live = None
+        return score
+
+    def train(self, method: Method, seed: int, *, save_to: Path | None) -> TrainingResult:
+        """Train, evaluate the test sets on the way, and save the checkpoint."""
+        start = self.zero_shot(seed)
+        history = [start]
+        began = time.perf_counter()
+        speeds: list[float] = []
+        live = self._fit(method, seed, purpose="compare", history=history, speeds=speeds)
+        if save_to is not None:
+            self._save(live, save_to)
+        self._live = None
+        result = TrainingResult(
+            method=method.name,
+            weight_decay=method.weight_decay,
+            seed=seed,
+            history=tuple(history),
+            activation_rate=statistics.fmean(live.rates) if live.rates else None,
+            deviation=live.distance(),
+            samples_per_second=speeds[-1],
+            seconds=time.perf_counter() - began,
+            checkpoint=None if save_to is None else str(save_to),
+        )
+        self.recorder.write("trained", **{**asdict(result), "history": None})
+        return result
+
+    def _fit(
+        self,
+        method: Method,
+        seed: int,
+        *,
+        purpose: str,
+        history: list[Evaluation] | None = None,
+        speeds: list[float] | None = None,
+    ) -> _Live:
+        live = self._live = _Live(self, method, seed)
+        tags = {"purpose": purpose, "method": method.name, "weight_decay": method.weight_decay, "seed": seed}
+        self.display.begin(f"{'choosing ' if purpose == 'select' else ''}{method.label} seed {seed}")
+        done = 0
+
+        def on_step(report: StepReport) -> None:
+            nonlocal done
+            rate, deviation = live.step_figures()
+            self.display.advance(report, steps=report.step - done, activation_rate=rate, deviation=deviation)
+            self.recorder.write("step", **tags, **asdict(report), activation_rate=rate, deviation=deviation)
+            done = report.step
+            if speeds is not None:
+                speeds.append(report.samples_per_second)
+
+        def on_evaluation(report: StepReport) -> None:
+            if history is None:
+                return
+            found = self._evaluate(live.engine, seed, step=report.step, epoch=report.epoch)
+            history.append(found)
+            self.recorder.write("evaluation", **tags, step=found.step, epoch=found.epoch, scores=found.scores)
+            self.display.evaluated(found)
+
+        fit(
+            live.engine,
+            live.optimizer,
+            self.task,
+            self.splits(seed).train,
+            config=self.config.train,
+            seed=seed,
+            stop=self.stop,
+            on_step=on_step,
+            on_evaluation=on_evaluation,
+        )
+        return live
+
+    def _save(self, live: _Live, to: Path) -> None:
+        state = live.engine.full_state()
+        if self.world.main:
+            self.task.save_model(live.model_class, live.model_config, state, to)
+
+    def save_interrupted(self, directory: Path) -> Path | None:
+        """Save the model that was in training when the job was stopped, if there was one. Collective."""
+        if self._live is None:
+            return None
+        to = directory / "checkpoints" / "interrupted"
+        self._save(self._live, to)
+        return to

@@ -1,0 +1,142 @@
+"""The ranks of a job: who they are, what they sum, and how all of them stop at the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from sharded_spd.errors import ConfigError
+
+RENDEZVOUS = "SHARDED_SPD_RENDEZVOUS"
+"""Environment variable: the file through which ranks that the command itself started find each other."""
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Interrupted(Exception):
+    """All ranks agreed to stop: somebody sent SIGINT or SIGTERM to at least one of them."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among the ranks of the job."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum_(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed over all ranks (modified in place), collective."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """The main rank's `value`, on every rank, collective."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def all_agree(self, problem: str | None) -> str | None:
+        """The first rank's problem in rank order, on every rank; None where no rank has one. Collective."""
+        if self.size == 1:
+            return problem
+        problems: list[str | None] = [None] * self.size
+        dist.all_gather_object(problems, problem)
+        return next((text for text in problems if text), None)
+
+
+def started_as_rank() -> bool:
+    """Whether a launcher (torchrun, or this command) started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _pick_device(device: Device, *, local_rank: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device here: set device to cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} there): "
+            "start fewer ranks or set device to cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def join_world(device: Device) -> Iterator[World]:
+    """Join the process group that the environment describes, or be a world of one; leave it at the end."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = _pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if not started_as_rank():
+        yield World(rank=0, size=1, device=place)
+        return
+    rendezvous = os.environ.get(RENDEZVOUS)
+    dist.init_process_group(
+        backend="nccl" if place.type == "cuda" else "gloo",
+        init_method=f"file://{rendezvous}" if rendezvous else "env://",
+        rank=rank,
+        world_size=size,
+    )
+    try:
+        yield World(rank=rank, size=size, device=place)
+    finally:
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """Makes SIGINT and SIGTERM a flag that the ranks compare at a step; a second signal ends the process."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle both signals inside the block; the handlers of before are put back after it."""
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def flag(self) -> float:
+        """1 if this rank was asked to stop, for a sum over the ranks."""
+        return float(self.signal is not None)
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that was ended by the signal returns: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + (self.signal or signal.SIGINT)
+
+    def check(self, world: World) -> None:
+        """Stop on every rank if any rank was asked to, collective.
+
+        Raises:
+            Interrupted: on all ranks alike.
+        """
+        if world.sum_(torch.tensor([self.flag], device=world.device)).item() > 0:
+            raise Interrupted

@@ -1,0 +1,104 @@
+"""The real command under every engine: the same training, and a checkpoint that loads elsewhere."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.job.commands import ROOT, environment, finished, metrics, results
+
+RANKS = {"single": 1, "ddp": 2, "fsdp2": 2}
+
+SCORE = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+from sklearn.datasets import load_digits
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+digits = load_digits()
+test = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[1600:]
+pixels = torch.tensor(digits.images, dtype=torch.float32)[test].unsqueeze(1) / 8 - 1
+right = model(pixel_values=pixels).logits.argmax(-1) == torch.tensor(digits.target)[test]
+print(100 * right.double().mean().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def run(home: Path, tiny_job: Path) -> Callable[[str], Path]:
+    @cache
+    def start(engine: str) -> Path:
+        out = home / f"run-{engine}"
+        finished(str(tiny_job), f"engine={engine}", f"ranks={RANKS[engine]}", f"output_dir={out}", cache=home)
+        return out
+
+    return start
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_engines_train_alike(engine: str, run: Callable[[str], Path]) -> None:
+    expected, got = metrics(run("single"), "step"), metrics(run(engine), "step")
+    assert [(s["method"], s["step"]) for s in got] == [("adamw", 1), ("adamw", 2), ("spd", 1), ("spd", 2)]
+    # The order of float32 sums differs between engines; a wrong average or a lost example is off by over 1e-2.
+    assert [s["loss"] for s in got] == pytest.approx([s["loss"] for s in expected], abs=1e-4)
+    for mine, theirs in zip(
+        results(run(engine))["trainings"], results(run("single"))["trainings"], strict=True
+    ):
+        assert mine["deviation"] == pytest.approx(theirs["deviation"], rel=1e-3)
+        assert mine["history"][0]["scores"] == pytest.approx(theirs["history"][0]["scores"])
+
+
+def test_spd_starts_like_adamw_and_then_stays_closer(run: Callable[[str], Path]) -> None:
+    steps = metrics(run("fsdp2"), "step")
+    assert steps[0]["loss"] == steps[2]["loss"]
+    assert steps[3]["activation_rate"] > 0
+    adamw, spd = results(run("fsdp2"))["trainings"]
+    assert 0 < spd["deviation"] < adamw["deviation"]
+
+
+@pytest.mark.parametrize("engine", list(RANKS))
+def test_saved_checkpoint_loads_elsewhere_and_scores_the_same(
+    engine: str, run: Callable[[str], Path], home: Path
+) -> None:
+    spd = results(run(engine))["trainings"][1]
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE, spd["checkpoint"]],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert float(done.stdout) == pytest.approx(spd["history"][-1]["scores"]["test"])
+
+
+def test_run_leaves_its_files_and_another_does_not_touch_them(
+    run: Callable[[str], Path], tiny_job: Path, home: Path
+) -> None:
+    first = run("single")
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    assert {"metrics.jsonl", "results.json", "id_ood.png", "config.json"} <= {path.name for path in before}
+    assert (first / "id_ood.png").read_bytes().startswith(b"\x89PNG")
+    finished(str(tiny_job), f"output_dir={first}", "compare=spd", "save=none", cache=home)
+    second = first.with_name("run-single-2")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not (second / "checkpoints").exists()
+    again = [s["loss"] for s in metrics(second, "step")]
+    assert again == [s["loss"] for s in metrics(first, "step") if s["method"] == "spd"]  # to the last bit
+
+
+def test_torchrun_brings_its_own_ranks(tiny_job: Path, home: Path, run: Callable[[str], Path]) -> None:
+    out = home / "run-torchrun"
+    launcher = [str(ROOT / "launch" / "torchrun.sh"), "2"]
+    # Two ranks are given, so `ranks` is not asked.
+    output = finished(
+        str(tiny_job),
+        "engine=@" + str(ROOT / "configs" / "engines" / "fsdp2.yaml"),
+        "ranks=1",
+        f"output_dir={out}",
+        cache=home,
+        command=launcher,
+    )
+    assert output.count("in distribution (ID)") == 1  # one rank speaks
+    assert [s["loss"] for s in metrics(out, "step")] == [s["loss"] for s in metrics(run("fsdp2"), "step")]
