@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from sharded_spd.agree import agree
 from sharded_spd.anchors.base import AnchorStore
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
-from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.errors import AnchorError
 from sharded_spd.layout import BoundShard, Box, ShardLayout, ShardSlice
 from sharded_spd.rules import Rule
@@ -41,11 +40,15 @@ Resolver = Callable[[ShardLayout, Mapping[str, Mapping[str, Any]], bool], Mappin
 
 @dataclass(slots=True)
 class HeldAnchor:
-    """This rank's shard of one anchor. `pending`: not fetched yet, since the layer is frozen."""
+    """This rank's shard of one anchor; `values` None stands for zero.
+
+    `pending`: not held yet, for the layer is frozen at its anchor; its weight will be taken, in `dtype`.
+    """
 
     piece: ShardSlice
     values: Tensor | None
     pending: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(slots=True)
@@ -71,7 +74,7 @@ class Binding:
         """The bound values of `piece`; a frozen layer's are taken now, at its first gradient."""
         held = self.held[piece.layer]
         if held.pending:
-            held.values = fetch(self.options[piece.layer], piece, weight)
+            held.values = _place(weight.to(held.dtype, copy=True), weight, self.options[piece.layer])
             held.pending = False
         return held.values
 
@@ -92,6 +95,10 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Tensor |
         if fetched.numel() != piece.numel:
             raise AnchorError(f"anchor {options.anchor.source} gave {fetched.numel()} elements for {piece}")
         values = fetched
+    return _place(values, weight, options)
+
+
+def _place(values: Tensor, weight: Tensor, options: LayerSettings) -> Tensor:
     if not options.anchor_on_cpu:
         return values.to(weight.device)
     return values.cpu().pin_memory() if weight.is_cuda else values.cpu()
@@ -129,9 +136,9 @@ def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> 
     if problems:
         listing = "\n  ".join(problems)
         raise AnchorError(
-            f"the anchor does not fit the model in {len(problems)} place(s); wanted one tensor of the "
-            "layer's shape "
-            f"for each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern):\n  {listing}"
+            f"the anchor does not fit the model in {len(problems)} place(s); wanted a tensor of the layer's "
+            "shape for "
+            f"each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern):\n  {listing}"
         )
 
 
@@ -157,35 +164,44 @@ def bind(
             if not options[fqn].rule.spec.anchored:
                 continue
             weight = flat(shard.tensor)[piece.offset : piece.offset + piece.numel]
-            old = previous.get(fqn)
-            held = result.held[fqn] = _hold(old, options[fqn], piece, weight, layout.shapes[fqn], shard)
+            shape = layout.shapes[fqn]
+            values, known = _values(previous.get(fqn), options[fqn], piece, weight, shape)
+            totals[fqn] = (_norm_sq(values), slice_fingerprint(values, piece, shape))
+            result.held[fqn] = _hold(values, piece, weight, frozen=not shard.requires_grad)
             exact = options[fqn].anchor_dtype in (None, weight.dtype)
-            if options[fqn].anchor == "snapshot" and old is None and exact:
+            if options[fqn].anchor == "snapshot" and not known and exact:
                 result.fresh.add(fqn)
-            values = fetch(options[fqn], piece, weight) if held.pending else held.values
-            totals[fqn] = (_norm_sq(values), slice_fingerprint(values, piece, layout.shapes[fqn]))
 
     agree(local, groups)
     _reduce(result, totals)
     return result
 
 
-def _hold(
+def _values(
     old: HeldAnchor | None,
     options: LayerSettings,
     piece: ShardSlice,
     weight: Tensor,
     shape: tuple[int, ...],
-    shard: BoundShard,
-) -> HeldAnchor:
+) -> tuple[Tensor | None, bool]:
+    """The anchor of a slice, and whether it was known before this binding."""
     if old is not None and not old.pending:
         if (old.piece.region, old.piece.numel) == (piece.region, piece.numel):
-            return replace(old, piece=piece)
+            return old.values, True
         if options.anchor == "snapshot":
-            return HeldAnchor(piece, _cut(old, piece, shape))
-    if not shard.requires_grad and not isinstance(options.anchor, TensorAnchor):
-        return HeldAnchor(piece, None, pending=True)
-    return HeldAnchor(piece, fetch(options, piece, weight))
+            return _cut(old, piece, shape), True
+    return fetch(options, piece, weight), False
+
+
+def _hold(values: Tensor | None, piece: ShardSlice, weight: Tensor, *, frozen: bool) -> HeldAnchor:
+    """A frozen layer whose anchor its weight reproduces takes no memory before its first gradient.
+
+    Taking it from the weight then, and not from its store, also keeps a step free of reads that may fail on
+    one rank.
+    """
+    if frozen and values is not None and torch.equal(weight.to(values.dtype), values.to(weight.device)):
+        return HeldAnchor(piece, None, pending=True, dtype=values.dtype)
+    return HeldAnchor(piece, values)
 
 
 def _norm_sq(values: Tensor | None) -> Tensor:
