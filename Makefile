@@ -52,22 +52,22 @@ $(TORCH_STAMP):
 	"$(PYTHON)" -m venv $(VENV)
 ifeq ($(BUILD),cpu)
 	@echo "torch $(TORCH): the CPU build (no NVIDIA GPU seen)"
-	$(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || $(PIP) install -q "torch==$(TORCH)+cpu" --retries 1 --timeout 20 \
+	$(PIP) install -qq "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install -qq "torch==$(TORCH)+cpu" --retries 1 --timeout 20 \
 	       --extra-index-url https://download.pytorch.org/whl/cpu \
-	  || $(PIP) install -q "torch==$(TORCH)"
+	  || $(PIP) install -qq "torch==$(TORCH)"
 else
 	@echo "torch $(TORCH): the CUDA build (an NVIDIA GPU is present)"
-	$(PIP) install -q "torch==$(TORCH)"
+	$(PIP) install -qq "torch==$(TORCH)"
 endif
 	@touch $@
 
 $(JOB_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "sharded_spd and what the fine-tuning command needs"
-	$(PIP) install -q -e ".[job]" "torch==$(TORCH)"
+	$(PIP) install -qq -e ".[job]" "torch==$(TORCH)"
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "sharded_spd, the fine-tuning command, the test and the checking tools"
-	$(PIP) install -q -e ".[job,test,dev]" "torch==$(TORCH)"
+	$(PIP) install -qq -e ".[job,test,dev]" "torch==$(TORCH)"
 	@touch $@ $(JOB_STAMP)
