@@ -24,6 +24,19 @@ def clean_fqn(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def clean_fqns(names: Sequence[str]) -> list[str]:
+    """Drop what wrappers insert, and the `module.` and `base_model.model.` that all names begin with.
+
+    So a layer has the same name under every engine. A model's own submodule `module` loses its name only if it
+    holds everything.
+    """
+    cleaned = [clean_fqn(name) for name in names]
+    for prefix in (_DDP, _PEFT):
+        while cleaned and all(name.startswith(prefix) for name in cleaned):
+            cleaned = [name.removeprefix(prefix) for name in cleaned]
+    return cleaned
+
+
 def match_names(wanted: Sequence[str], available: Collection[str]) -> dict[str, str]:
     """Find the checkpoint's name of each wanted layer; a layer that it lacks is not in the result.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -59,12 +59,3 @@ class EngineAdapter(Protocol):
 def made_up_name(group: int, index: int) -> str:
     """The name of a parameter that came without one."""
     return f"param_groups[{group}].params[{index}]"
-
-
-def group_names(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str | None]]:
-    """The FQN of each parameter of each group: the model's, else the group's `param_names`, else None."""
-    result: list[list[str | None]] = []
-    for group in optimizer.param_groups:
-        own = group.get("param_names")
-        result.append([names.get(p, own[i] if own else None) for i, p in enumerate(group["params"])])
-    return result

@@ -16,11 +16,11 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sharded_spd.engines.base import group_names, made_up_name
+from sharded_spd.engines.base import made_up_name
 from sharded_spd.engines.dtensor import aligned_grad, as_dtensor, local_tensor, shard_groups, whole_slice
 from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
-from sharded_spd.names import clean_fqn
+from sharded_spd.names import clean_fqns
 
 
 class ParameterAdapter:
@@ -47,7 +47,8 @@ class ParameterAdapter:
             reshard = getattr(module, "reshard", None)
             if callable(reshard) and hasattr(module, "set_reshard_after_backward"):
                 reshard()
-        self.names = {p: clean_fqn(name) for name, p in model.named_parameters()}
+        named = dict(model.named_parameters())
+        self.names = dict(zip(named.values(), clean_fqns(list(named)), strict=True))
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
@@ -100,11 +101,13 @@ class ParameterAdapter:
         several = len(self.optimizers) > 1
         for o, optimizer in enumerate(self.optimizers):
             prefix = f"optimizers[{o}]." if several else ""
-            names = group_names(optimizer, self.names)
+            own = [n for g in optimizer.param_groups for n in g.get("param_names", ())]
+            cleaned = dict(zip(own, clean_fqns(own), strict=True))
             for g, group in enumerate(optimizer.param_groups):
                 for i, param in enumerate(group["params"]):
-                    name = names[g][i]
-                    yield clean_fqn(name) if name else prefix + made_up_name(g, i), param, name is not None
+                    given = cleaned[group["param_names"][i]] if "param_names" in group else None
+                    name = self.names.get(param, given)
+                    yield prefix + made_up_name(g, i) if name is None else name, param, name is not None
 
     def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
         """The local shard, local gradient and slice of every parameter of `optimizer`, in group order.
