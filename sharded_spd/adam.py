@@ -126,8 +126,7 @@ class AdamSPD(Adam):
         if pre is not None and len(pre) != len(params):
             raise AnchorError(
                 f"group {len(self.param_groups)} has {len(params)} parameters but {len(pre)} anchors in "
-                "'pre'; wanted "
-                "one anchor per parameter, in the same order, or pre=None for zero"
+                "'pre'; wanted one anchor per parameter, in the same order, or pre=None for zero"
             )
         _check_scalars({**self.defaults, **group})
         rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
@@ -213,10 +212,9 @@ class AdamSPD(Adam):
                 if saved != own and len(group["params"]) == len(self.param_groups[i]["params"]):
                     raise AnchorError(
                         f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this "
-                        "optimizer has "
-                        f"{own}: another pre-trained model, or weights loaded before the anchor was taken; "
-                        "build the "
-                        "optimizer on the pre-trained weights, then load the checkpoint"
+                        f"optimizer has {own}: another pre-trained model, or weights loaded before the "
+                        "anchor was taken; build the optimizer on the pre-trained weights, then load the "
+                        "checkpoint"
                     )
         kept = [(group["rule"], group["anchor"]) for group in self.param_groups]
         super().load_state_dict(state_dict)

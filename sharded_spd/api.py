@@ -113,8 +113,7 @@ def _wrap(closure: Callable[[], Any], projector: Projector, optimizer: Optimizer
         if calls > 1:
             raise UnsupportedError(
                 f"{type(optimizer).__name__} evaluated its closure more than once in one step; the "
-                "projection needs "
-                "one gradient per step: use an optimizer that evaluates it once"
+                "projection needs one gradient per step: use an optimizer that evaluates it once"
             )
         loss = closure()
         projector.before_step(optimizer)

@@ -114,9 +114,8 @@ def _cut(held: HeldAnchor, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor 
     if held.values.numel() != whole:
         raise AnchorError(
             f"layer {piece.layer!r} was sharded anew after its anchor had been taken from another shard "
-            f"({held.piece.region}, now {piece.region}); build the optimizer with anchor='deferred' and call "
-            "bind() "
-            "after sharding, or anchor at a checkpoint's path"
+            f"({held.piece.region}, now {piece.region}); build the optimizer with anchor='deferred' and "
+            "call bind() after sharding, or anchor at a checkpoint's path"
         )
     values = held.values.view(shape)
     if isinstance(piece.region, Box):
@@ -137,8 +136,8 @@ def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> 
         listing = "\n  ".join(problems)
         raise AnchorError(
             f"the anchor does not fit the model in {len(problems)} place(s); wanted a tensor of the layer's "
-            "shape for "
-            f"each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern):\n  {listing}"
+            "shape for each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern):\n  "
+            f"{listing}"
         )
 
 

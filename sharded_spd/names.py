@@ -27,8 +27,8 @@ def clean_fqn(name: str) -> str:
 def clean_fqns(names: Sequence[str]) -> list[str]:
     """Drop what wrappers insert, and the `module.` and `base_model.model.` that all names begin with.
 
-    So a layer has the same name under every engine. A model's own submodule `module` loses its name only if it
-    holds everything.
+    So a layer has the same name under every engine. A model's own submodule `module` loses its name only if
+    it holds everything.
     """
     cleaned = [clean_fqn(name) for name in names]
     for prefix in (_DDP, _PEFT):

@@ -103,8 +103,7 @@ class Projector:
         if layout is None:
             raise BindingError(
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
-                "model, load "
-                "the pre-trained weights, and then call bind()"
+                "model, load the pre-trained weights, and then call bind()"
             )
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
         groups = self._adapter.agreement_groups
@@ -188,8 +187,8 @@ class Projector:
         if bool(live):
             raise BindingError(
                 f"{type(optimizer).__name__} was asked to step with gradients before its anchors are bound: "
-                "this would "
-                "be the plain base optimizer; call bind() after sharding and loading the pre-trained weights"
+                "this would be the plain base optimizer; call bind() after sharding and loading the "
+                "pre-trained weights"
             )
 
     def detach(self) -> None:
@@ -269,9 +268,8 @@ class Projector:
         if saved and own and saved != own:
             raise AnchorError(
                 f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another "
-                "pre-trained "
-                "model, or weights loaded before the anchor was taken; bind the checkpoint's anchor, then "
-                "load"
+                "pre-trained model, or weights loaded before the anchor was taken; bind the checkpoint's "
+                "anchor, then load"
             )
         if self._binding is None:
             self._loaded = dict(state_dict)

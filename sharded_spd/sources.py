@@ -45,8 +45,7 @@ def source_name(source: Source) -> str:
 def _refuse_unnamed(what: str, layout: ShardLayout) -> None:
     raise ConfigError(
         f"{what} needs the layers' names, but the parameters came without: {layout.fqns[0]!r} is made up; "
-        "pass "
-        "model.named_parameters() to the optimizer, or model=..."
+        "pass model.named_parameters() to the optimizer, or model=..."
     )
 
 

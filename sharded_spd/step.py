@@ -236,11 +236,9 @@ class Step:
         if names:
             raise AnchorError(
                 f"{len(names)} layer(s) had left their anchor before the first step, {names[0]!r} for one: "
-                "weights "
-                "were loaded after the snapshot was taken; load the pre-trained weights first and then build "
-                "the "
-                "optimizer, or use anchor='deferred' and call bind() after loading, or anchor at a "
-                "checkpoint's path"
+                "weights were loaded after the snapshot was taken; load the pre-trained weights first and "
+                "then build the optimizer, or use anchor='deferred' and call bind() after loading, or "
+                "anchor at a checkpoint's path"
             )
         if bool(real.any()):
             plan.guarded = set()

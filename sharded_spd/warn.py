@@ -15,8 +15,7 @@ def about_excess(pull: float) -> None:
     """A pull beyond 1."""
     warnings.warn(
         f"a layer was pulled by {pull:.3g} times its deviation: beyond 1 it overshoots its anchor; lower "
-        "weight_decay, "
-        "or set max_pull=1.0",
+        "weight_decay, or set max_pull=1.0",
         stacklevel=2,
     )
 
@@ -44,15 +43,14 @@ def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
     if half:
         warnings.warn(
             f"{len(half)} layer(s) are in half precision without float32 masters ({half[0]!r} for one): "
-            "pulls below one "
-            "unit in the last place vanish; keep float32 parameters and use mixed precision for compute",
+            "pulls below one unit in the last place vanish; keep float32 parameters and use mixed "
+            "precision for compute",
             stacklevel=2,
         )
     if decayed:
         warnings.warn(
             f"the base optimizer decays {len(decayed)} layer(s) toward zero that a rule pulls toward the "
-            "anchor "
-            f"({decayed[0]!r} for one): set the base's weight_decay to 0 there; lambda is "
+            f"anchor ({decayed[0]!r} for one): set the base's weight_decay to 0 there; lambda is "
             "SPDConfig.weight_decay",
             stacklevel=2,
         )

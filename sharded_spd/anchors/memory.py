@@ -60,10 +60,8 @@ class TensorAnchor:
             if local.numel() != piece.numel:
                 raise AnchorError(
                     f"layer {piece.layer!r}: the anchor is a DTensor with {local.numel()} elements on this "
-                    "rank "
-                    f"({tensor.placements}), the layer has {piece.numel}; distribute the anchor as the layer "
-                    "is, or "
-                    "give the whole tensor"
+                    f"rank ({tensor.placements}), the layer has {piece.numel}; distribute the anchor as the "
+                    "layer is, or give the whole tensor"
                 )
             return local.detach().reshape(-1).clone()
         tensor = tensor.detach()

@@ -56,8 +56,8 @@ def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
     if len(chunks) != 1 or prod(box.sizes) != numel:
         raise UnsupportedError(
             f"layer {fqn!r} with placements {tensor.placements} on {tensor.device_mesh} holds {numel} "
-            "elements on "
-            f"this rank that are not one block of the layer (got {chunks}); wanted a contiguous shard"
+            f"elements on this rank that are not one block of the layer (got {chunks}); wanted a contiguous "
+            "shard"
         )
     return ShardSlice(fqn, 0, numel, Box(tuple(box.offsets), tuple(box.sizes)))
 
@@ -76,8 +76,8 @@ def aligned_grad(param: Tensor) -> Tensor | None:
         if not isinstance(grad, DTensor):
             raise UnsupportedError(
                 f"got a gradient of type {type(grad).__name__} for a DTensor parameter of shape "
-                f"{tuple(param.shape)}; "
-                "wanted a DTensor: leave .grad to autograd, or wrap it with DTensor.from_local"
+                f"{tuple(param.shape)}; wanted a DTensor: leave .grad to autograd, or wrap it with "
+                "DTensor.from_local"
             )
         if grad.placements != param.placements:
             grad = grad.redistribute(placements=param.placements)

@@ -136,8 +136,7 @@ class ParameterAdapter:
         if param.grad is not None and param.grad.layout != torch.strided:
             raise UnsupportedError(
                 f"layer {fqn!r} has a sparse gradient ({param.grad.layout}); wanted a dense one: construct "
-                "the "
-                "embedding with sparse=False"
+                "the embedding with sparse=False"
             )
         return aligned_grad(param)
 
@@ -146,19 +145,16 @@ class ParameterAdapter:
         name = names[i] if names else made_up_name(g, i)
         raise BindingError(
             f"parameter {name!r} (shape {tuple(group['params'][i].shape)}) of {type(optimizer).__name__} is "
-            "not bound: "
-            "it was added, or put in place of another one, after binding; call bind() after sharding, after "
-            "adding "
-            "groups, and before the next step"
+            "not bound: it was added, or put in place of another one, after binding; call bind() after "
+            "sharding, after adding groups, and before the next step"
         )
 
     @staticmethod
     def _raise_freed(fqn: str) -> None:
         raise BindingError(
             f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
-            "after use, "
-            "not its shard; build the optimizer right after fully_shard, or call model.reshard() before it "
-            "is built"
+            "after use, not its shard; build the optimizer right after fully_shard, or call "
+            "model.reshard() before it is built"
         )
 
     def boundary(self, optimizer: Optimizer) -> bool:

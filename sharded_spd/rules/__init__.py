@@ -28,8 +28,7 @@ def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rul
         if options:
             raise ConfigError(
                 f"got rule_options {sorted(options)} beside the rule instance {rule!r}; pass the options to "
-                "the "
-                "instance's constructor instead"
+                "the instance's constructor instead"
             )
         if not isinstance(getattr(rule, "spec", None), RuleSpec):
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,10 @@ class Figure:
     @classmethod
     def of(cls, values: Sequence[float]) -> Figure:
         """Mean and standard error of `values`."""
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return cls(statistics.fmean(values), error)
+        mean, count = statistics.fmean(values), len(values)
+        if count < 2 or math.isnan(mean):
+            return cls(mean, math.nan)
+        return cls(mean, statistics.stdev(values) / math.sqrt(count))
 
     def text(self, digits: int = 1) -> str:
         """`94.9 ± 0.2`, or the mean alone where there is one seed."""
@@ -74,12 +77,14 @@ class Recorder:
     """Writes `metrics.jsonl` line by line; without a directory, as on all ranks but the main one, nothing."""
 
     def __init__(self, directory: Path | None) -> None:
+        self._began = time.perf_counter()
         self._file = None if directory is None else open(directory / "metrics.jsonl", "a", encoding="utf-8")
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line, flushed, so that a run that dies leaves what it knew."""
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+            seconds = round(time.perf_counter() - self._began, 3)
+            self._file.write(json.dumps({"event": event, "seconds": seconds, **fields}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
