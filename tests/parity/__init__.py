@@ -1,0 +1,1 @@
+"""One matrix: engine x world size x case, every cell against the oracle."""

@@ -1,0 +1,143 @@
+"""The matrix: engine x world size x case. A cell is one test; one launch per engine and world runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity import cases, collective_cases, resume_cases
+from tests.reference.golden import SPD_FILES
+from tests.support.launch import Task
+from tests.support.training import FORMS
+
+EXACT = (
+    ("single", 1),
+    ("ddp", 1),
+    ("ddp", 2),
+    ("ddp", 4),
+    ("fsdp2", 1),
+    ("fsdp2", 2),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("fsdp2_tp", 4),
+    ("tp", 2),
+    ("fsdp2_offload", 2),
+)
+"""Engines through which gradients arrive to the last bit."""
+NO_TP = tuple(cell for cell in EXACT if "tp" not in cell[0])
+FSDP2 = (("fsdp2", 2), ("fsdp2", 4))
+REPLICATED = (("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4))
+SPLIT = {("single", 1): 0, ("ddp", 2): 0, ("fsdp2", 1): 0, ("fsdp2", 2): 1, ("fsdp2", 4): 1, ("hsdp", 4): 1}
+
+Cells = Sequence[tuple[str, int]]
+
+
+FULL = (("single", 1), ("fsdp2", 2), ("fsdp2_tp", 4))
+"""Where both forms of every case are quick; elsewhere the forms take turns, and the rest is slow."""
+
+
+def _cross(
+    cells: Cells,
+    function: Callable[..., None],
+    *,
+    forms: Sequence[str] = FORMS,
+    first: int = 0,
+    label: str = "",
+    **options: Any,
+) -> Iterator[Task]:
+    """Each cell in each form; `first` is the form that is quick everywhere."""
+    name = f"{function.__name__}{label and '-' + label}"
+    for cell in cells:
+        for i, form in enumerate(forms):
+            slow = len(forms) > 1 and cell not in FULL and i != first % 2
+            yield Task(f"{name}-{form}", *cell, function, {"form": form, **options}, slow=slow)
+
+
+def _formless(cells: Cells, function: Callable[..., None], label: str = "", **options: Any) -> Iterator[Task]:
+    for engine, world in cells:
+        yield Task(f"{function.__name__}{label and '-' + label}", engine, world, function, options)
+
+
+def _golden() -> Iterator[Task]:
+    for stem in SPD_FILES:
+        for first, dtype in enumerate((torch.float64, torch.float32)):
+            label = f"{stem}-{str(dtype).removeprefix('torch.')}"
+            yield from _cross(EXACT, cases.golden, first=first, label=label, stem=stem, dtype=dtype)
+        yield from _cross(
+            (("fsdp2_mixed", 2),), cases.golden, label=f"{stem}-float32", stem=stem, dtype=torch.float32
+        )
+
+
+def _oracle() -> Iterator[Task]:
+    for first, function in enumerate(
+        (
+            cases.statistics,
+            cases.uneven,
+            cases.frozen,
+            cases.mixed_dtypes,
+            cases.rules,
+            cases.file_anchor,
+            cases.zero_anchor,
+            cases.scheduled,
+            cases.inert,
+        )
+    ):
+        yield from _cross(EXACT, function, first=first)
+    yield from _formless(EXACT, cases.several_optimizers)
+    yield from _formless(EXACT, cases.by_pattern)
+    for foreach in (False, True):
+        yield from _cross(NO_TP, cases.lambda_zero, label=f"foreach{foreach}", foreach=foreach)
+    yield from _cross(NO_TP, cases.tied)
+    yield from _cross(NO_TP, cases.clipped)
+    yield from _cross((("single", 1), *FSDP2, ("fsdp2_tp", 4), ("tp", 2)), cases.max_pull)
+    yield from _cross((("single", 1), *FSDP2), cases.thawed)
+    yield from _cross(REPLICATED, cases.accumulated)
+    yield from _cross((*REPLICATED, ("fsdp2_tp", 4)), cases.eval_between)
+    for fused in (False, True):
+        yield from _cross((("single", 1), *REPLICATED), cases.scaled, label=f"fused{fused}", fused=fused)
+    for reshard, forms in ((True, FORMS), (False, ("attached",))):
+        yield from _cross(
+            (*FSDP2, ("fsdp2_tp", 4)),
+            cases.after_eval,
+            forms=forms,
+            label=f"reshard{reshard}",
+            reshard=reshard,
+        )
+    yield from _cross(FSDP2, cases.shard_dim1)
+    yield from _cross((("fsdp2_tp", 4),), cases.uneven_strided)
+    yield from _cross((("tp", 2),), cases.partial_gradients)
+    yield from _cross((("tp", 2),), cases.empty_tp_shard)
+    yield from _cross((("fsdp2", 4),), cases.two_meshes)
+    yield from _cross(FSDP2, cases.ignored)
+    for base in ("sgd", "adamw_foreach", "adamw_fused", "rmsprop"):
+        yield from _formless((("single", 1), *REPLICATED), cases.other_bases, base, base=base)
+    yield from _formless((("tp", 2), ("fsdp2_tp", 4)), cases.real_block)
+    yield from _formless((("single", 1), ("ddp", 2), *FSDP2, ("hsdp", 4)), cases.pre_tensors)
+    yield from _formless((("ddp", 2), ("ddp", 4)), cases.ranks_bit_equal)
+
+
+def _resume() -> Iterator[Task]:
+    for source in ("snapshot", "file"):
+        yield from _cross(EXACT, resume_cases.same_world, label=source, source=source)
+    yield from _cross((("fsdp2", 4),), resume_cases.resharded)
+
+
+def _collectives() -> Iterator[Task]:
+    for cell, expected in SPLIT.items():
+        yield from _cross((cell,), collective_cases.per_step, expected=expected)
+    yield from _cross((("fsdp2_tp", 4),), collective_cases.per_step, expected=2)
+    yield from _cross((("tp", 2),), collective_cases.per_step, expected=1, partial=1)
+    yield from _cross(FSDP2, collective_cases.with_missing_gradients, expected=1)
+    yield from _formless((("fsdp2", 4),), collective_cases.naive_form)
+
+
+TASKS = [*_golden(), *_oracle(), *_resume(), *_collectives()]
+
+
+@pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])
+def test_parity(task: Task, distributed: Callable[[Task], None]) -> None:
+    """What the case's function says."""
+    distributed(task)

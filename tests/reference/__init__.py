@@ -1,0 +1,1 @@
+"""The independent oracle and the reader of the golden trajectories."""

@@ -1,0 +1,1 @@
+"""What the distributed tests share: launches, engines, models, runs."""

@@ -1,0 +1,173 @@
+"""The engines of the matrix: how each wraps a model, runs backward, and gathers whole weights.
+
+A new engine is one class and one line in `ENGINES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.support.models import tensor_parallel
+
+
+@dataclass
+class Engine:
+    """One process, nothing wrapped. `exact`: gradients arrive to the last bit as the loss asks for them."""
+
+    scratch: Path
+    exact: bool = True
+    prefix: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        """All processes."""
+        return dist.get_world_size()
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """This rank's index and the number of ranks over which gradients are averaged."""
+        return 0, 1
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as the engine runs it."""
+        return model
+
+    def named(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that the optimizer is to update, under the model's own names."""
+        return {name.removeprefix(self.prefix): p for name, p in model.named_parameters()}
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """The whole tensor, on every rank; collective."""
+        tensor = tensor.detach()
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+    def no_sync(self, model: nn.Module, skip: bool) -> None:
+        """Whether the next backward only accumulates."""
+
+
+@dataclass
+class Ddp(Engine):
+    """DistributedDataParallel; parameters that a step does not use keep no gradient."""
+
+    prefix: str = "module."
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """Every rank sees its own data."""
+        return self.rank, self.world
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Wrapped whole."""
+        return DistributedDataParallel(model, find_unused_parameters=True)
+
+    def no_sync(self, model: nn.Module, skip: bool) -> None:
+        """What `no_sync()` sets."""
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = not skip
+
+
+@dataclass
+class Fsdp2(Engine):
+    """`fully_shard` of every block and of the root."""
+
+    def mesh(self) -> DeviceMesh:
+        """One axis over all ranks."""
+        return init_device_mesh("cpu", (self.world,), mesh_dim_names=("dp",))
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """Every rank sees its own data."""
+        return self.rank, self.world
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Children with parameters of their own below are groups of their own."""
+        mesh = self.mesh()
+        for child in model.children():
+            if sum(1 for _ in child.parameters()) > 1 and not self.options.get("ignored_params"):
+                fully_shard(child, mesh=mesh, **self.options)
+        return fully_shard(model, mesh=mesh, **self.options)
+
+    def no_sync(self, model: nn.Module, skip: bool) -> None:
+        """What gradient accumulation sets."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(not skip)
+
+
+@dataclass
+class Hsdp(Fsdp2):
+    """Two replicas of a model that two ranks share."""
+
+    def mesh(self) -> DeviceMesh:
+        """Replicas x shards."""
+        return init_device_mesh("cpu", (2, self.world // 2), mesh_dim_names=("replicate", "shard"))
+
+
+@dataclass
+class Fsdp2Tp(Fsdp2):
+    """`fully_shard` over a tensor-parallel model."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Tensor parallelism first, as torch wants it."""
+        mesh = init_device_mesh("cpu", (self.world // 2, 2), mesh_dim_names=("dp", "tp"))
+        tensor_parallel(model, mesh["tp"])
+        for child in model.children():
+            if sum(1 for _ in child.parameters()) > 1:
+                fully_shard(child, mesh=mesh["dp"])
+        return fully_shard(model, mesh=mesh["dp"])
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """Ranks of one tensor-parallel pair see the same data."""
+        return self.rank // 2, self.world // 2
+
+
+@dataclass
+class Tp(Engine):
+    """Tensor and sequence parallelism alone: norm gradients are Partial, some parameters plain tensors."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Split over all ranks."""
+        tensor_parallel(model, init_device_mesh("cpu", (self.world,), mesh_dim_names=("tp",)))
+        return model
+
+
+def make_engine(name: str, scratch: Path) -> Engine:
+    """The engine of that name; `scratch` is a folder that all ranks of a task share."""
+    return ENGINES[name](scratch)
+
+
+def _offload(scratch: Path) -> Engine:
+    return Fsdp2(scratch, options={"offload_policy": CPUOffloadPolicy(pin_memory=False)})
+
+
+def _mixed(scratch: Path) -> Engine:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return Fsdp2(scratch, exact=False, options={"mp_policy": policy})
+
+
+ENGINES = {
+    "single": Engine,
+    "ddp": Ddp,
+    "fsdp2": Fsdp2,
+    "hsdp": Hsdp,
+    "fsdp2_tp": Fsdp2Tp,
+    "tp": Tp,
+    "fsdp2_offload": _offload,
+    "fsdp2_mixed": _mixed,
+}

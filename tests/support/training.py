@@ -1,0 +1,151 @@
+"""A probe model on an engine, trained by the package; its loss makes gradients exactly as given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sharded_spd import AdamSPD, SPDConfig, attach
+from sharded_spd.config import AnchorConfig, LayerConfig
+from sharded_spd.projector import Projector
+from tests.reference.oracle import LayerOptions
+from tests.support.engines import Engine
+from tests.support.models import Probe
+
+Form = Literal["adam_spd", "attached"]
+FORMS: tuple[Form, ...] = ("adam_spd", "attached")
+
+
+class Training:
+    """Wraps a probe of `tensors` on `engine` and makes its optimizer.
+
+    `options` is one for all layers or one by name. `form` is how the package is used: `AdamSPD`, or `attach`
+    to torch's Adam. `make_base` replaces that Adam: it takes param groups with lr, betas and eps. `extra`
+    goes to the optimizer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tensors: Mapping[str, Tensor],
+        options: LayerOptions | Mapping[str, LayerOptions],
+        *,
+        form: Form = "adam_spd",
+        anchor: Any = "snapshot",
+        ties: Mapping[str, str] | None = None,
+        frozen: Sequence[str] = (),
+        make_base: Callable[..., torch.optim.Optimizer] | None = None,
+        prepare: Callable[[nn.Module], None] | None = None,
+        **extra: Any,
+    ) -> None:
+        self.engine = engine
+        model = Probe(tensors, ties=ties)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        self.model = engine.wrap(model)
+        if prepare is not None:
+            prepare(self.model)
+        self.params = engine.named(self.model)
+        self.options = {
+            name: options if isinstance(options, LayerOptions) else options[name] for name in self.params
+        }
+        self.optimizer, self.projector = self._optimizer(form, anchor, make_base, extra)
+        self.steps = 0
+
+    def _optimizer(
+        self,
+        form: Form,
+        anchor: Any,
+        make_base: Callable[..., torch.optim.Optimizer] | None,
+        extra: dict[str, Any],
+    ) -> tuple[torch.optim.Optimizer, Projector]:
+        if form == "adam_spd":
+            optimizer = AdamSPD(adam_spd_groups(self.params, self.options), anchor=anchor, **extra)
+            return optimizer, optimizer.projector
+        base = (make_base or torch.optim.Adam)(base_groups(self.params, self.options), **extra)
+        return base, attach(base, self.model, config_of(self.options, anchor))
+
+    def backward(self, grads: Mapping[str, Tensor], *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Makes these gradients by the engine's own backward; one data-parallel rank supplies them."""
+        index, count = self.engine.data_parallel
+        weight = float(count) if self.steps % count == index else 0.0
+        loss = self.model(dict(grads)) * weight
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def step(self, grads: Mapping[str, Tensor]) -> None:
+        """Backward, optimizer step, gradients dropped."""
+        self.backward(grads)
+        self.update()
+
+    def update(self) -> None:
+        """Optimizer step, gradients dropped."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The whole gradients that the optimizer will see; collective."""
+        return {name: self.engine.full(p.grad) for name, p in self.params.items() if p.grad is not None}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole layers; collective."""
+        return {name: self.engine.full(p) for name, p in self.params.items()}
+
+
+def adam_spd_groups(
+    params: Mapping[str, nn.Parameter], options: Mapping[str, LayerOptions]
+) -> list[dict[str, Any]]:
+    """Groups of named parameters with equal options, in the order of their first parameter."""
+    groups: dict[LayerOptions, list[tuple[str, nn.Parameter]]] = {}
+    for name, p in params.items():
+        groups.setdefault(options[name], []).append((name, p))
+    return [
+        {
+            "params": pairs,
+            "lr": o.lr,
+            "betas": o.betas,
+            "eps": o.eps,
+            "weight_decay": o.weight_decay,
+            "rule": o.rule,
+            "max_pull": o.max_pull,
+        }
+        for o, pairs in groups.items()
+    ]
+
+
+def base_groups(
+    params: Mapping[str, nn.Parameter], options: Mapping[str, LayerOptions]
+) -> list[dict[str, Any]]:
+    """The same for an optimizer that knows nothing of rules; parameters without names."""
+    groups = adam_spd_groups(params, options)
+    for group in groups:
+        group["params"] = [p for _, p in group["params"]]
+        for key in ("weight_decay", "rule", "max_pull"):
+            del group[key]
+    return groups
+
+
+def config_of(options: Mapping[str, LayerOptions], anchor: Any = "snapshot") -> SPDConfig:
+    """One entry per layer, by its escaped name."""
+    layers = tuple(
+        LayerConfig(pattern=re.escape(name), rule=o.rule, weight_decay=o.weight_decay, max_pull=o.max_pull)
+        for name, o in options.items()
+    )
+    source = anchor if isinstance(anchor, AnchorConfig) else AnchorConfig(source=anchor)
+    return SPDConfig(anchor=source, layers=layers)
+
+
+def anchor_file(engine: Engine, tensors: Mapping[str, Tensor]) -> str:
+    """The path of a safetensors file of these tensors, written once and seen by all ranks."""
+    path = Path(engine.scratch) / "anchor.safetensors"
+    if engine.rank == 0:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    dist.barrier()
+    return str(path)
