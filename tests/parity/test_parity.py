@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import cases, collective_cases, resume_cases
+from tests.parity import cases, collective_cases, kept_cases, resume_cases, seam_cases
 from tests.reference.golden import SPD_FILES
 from tests.support.launch import Task
 from tests.support.training import FORMS
@@ -134,7 +134,25 @@ def _collectives() -> Iterator[Task]:
     yield from _formless((("fsdp2", 4),), collective_cases.naive_form)
 
 
-TASKS = [*_golden(), *_oracle(), *_resume(), *_collectives()]
+def _seam() -> Iterator[Task]:
+    for label, rule in kept_cases.RULES.items():
+        yield from _cross(EXACT, kept_cases.kept, label=label, rule=rule)
+    cells = (("single", 1), ("ddp", 2), *FSDP2, ("hsdp", 4), ("fsdp2_tp", 4), ("tp", 2))
+    for toy in seam_cases.TOYS:
+        yield from _cross(cells, seam_cases.toy_rule, label=toy, toy=toy)
+        yield from _cross(
+            (("single", 1), *FSDP2, ("fsdp2_tp", 4)), seam_cases.toy_beside_spd, label=toy, toy=toy
+        )
+        yield from _cross((("single", 1), *FSDP2), seam_cases.toy_resumes, label=toy, toy=toy)
+        yield from _cross((("fsdp2", 4),), seam_cases.toy_resharded, label=toy, toy=toy)
+    for toy, expected in (("row_ball", 1), ("turn_back", 2)):
+        yield from _cross(FSDP2, seam_cases.toy_collectives, label=toy, toy=toy, expected=expected)
+    yield from _cross(
+        (("ddp", 2),), seam_cases.toy_collectives, label="turn_back", toy="turn_back", expected=0
+    )
+
+
+TASKS = [*_golden(), *_oracle(), *_resume(), *_collectives(), *_seam()]
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])

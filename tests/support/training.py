@@ -43,6 +43,7 @@ class Training:
         frozen: Sequence[str] = (),
         make_base: Callable[..., torch.optim.Optimizer] | None = None,
         prepare: Callable[[nn.Module], None] | None = None,
+        give_model: bool = False,
         **extra: Any,
     ) -> None:
         self.engine = engine
@@ -56,6 +57,8 @@ class Training:
         self.options = {
             name: options if isinstance(options, LayerOptions) else options[name] for name in self.params
         }
+        if give_model and form == "adam_spd":
+            extra["model"] = self.model
         self.optimizer, self.projector = self._optimizer(form, anchor, make_base, extra)
         self.steps = 0
 

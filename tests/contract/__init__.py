@@ -1,0 +1,1 @@
+"""Bad input on several ranks: a clear error on every rank and no hang."""

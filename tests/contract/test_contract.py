@@ -1,0 +1,55 @@
+"""Bad input on several ranks: a clear error on every rank, and no rank waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract import cases, precision_cases
+from tests.support.launch import Task
+from tests.support.training import FORMS
+
+SHARDED = (("fsdp2", 2), ("fsdp2", 4))
+ENGINES = (("ddp", 2), *SHARDED)
+
+
+def _tasks(
+    cells: Sequence[tuple[str, int]], function: Callable[..., None], forms: Sequence[str] = (), **options: Any
+) -> Iterator[Task]:
+    for cell in cells:
+        for form in forms:
+            yield Task(f"{function.__name__}-{form}", *cell, function, {"form": form, **options})
+        if not forms:
+            label = "".join(f"-{str(value).removeprefix('torch.')}" for value in options.values())
+            yield Task(f"{function.__name__}{label}", *cell, function, options)
+
+
+def _all() -> Iterator[Task]:
+    for function in (
+        cases.file_missing_on_one_rank,
+        cases.file_truncated_on_one_rank,
+        cases.file_of_another_model,
+        cases.unbound,
+        cases.swapped,
+        cases.another_anchor_on_resume,
+        cases.unknown_rule,
+    ):
+        yield from _tasks(ENGINES, function, FORMS)
+    for function in (cases.pattern_of_nothing, cases.negative_lambda, cases.pre_of_another_length):
+        yield from _tasks(ENGINES, function)
+    for function in (cases.loaded_after_snapshot, cases.nan_on_one_rank):
+        yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("hsdp", 4)), function, FORMS)
+    yield from _tasks((("fsdp2", 4),), cases.more_ranks_than_rows, FORMS)
+    for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+        yield from _tasks(
+            (("single", 1), *SHARDED), precision_cases.ratio_of_a_large_layer, dtype=dtype, lr=lr
+        )
+
+
+@pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in _all()])
+def test_contract(task: Task, distributed: Callable[[Task], None]) -> None:
+    """What the case's function says."""
+    distributed(task)
