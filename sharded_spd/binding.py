@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharded_spd.agree import agree
 from sharded_spd.anchors.base import AnchorStore
+from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
 from sharded_spd.errors import AnchorError
 from sharded_spd.layout import BoundShard, Box, ShardLayout, ShardSlice
@@ -131,7 +132,11 @@ def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> 
     for fqn, layer in options.items():
         if layer.rule.spec.anchored and not isinstance(layer.anchor, str):
             by_store.setdefault(id(layer.anchor), (layer.anchor, {}))[1][fqn] = layout.shapes[fqn]
-    problems = [f"{store.source}: {p}" for store, shapes in by_store.values() for p in store.problems(shapes)]
+    problems = []
+    for store, shapes in by_store.values():
+        problems += [f"{store.source}: {problem}" for problem in store.problems(shapes)]
+        if not problems and isinstance(store, FileAnchor):
+            problems += store.strays(layout.model_fqns)
     if problems:
         listing = "\n  ".join(problems)
         raise AnchorError(

@@ -66,8 +66,10 @@ class ShardLayout:
     """All layers of an engine, in model order, identical on all ranks of each scope.
 
     A layer that is split along two mesh axes stands in two scopes, which are summed one after the other.
+    `model_fqns` are all the model's names, also of what no optimizer holds; empty where no model was given.
     """
 
     fqns: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     scopes: Sequence[Scope]
+    model_fqns: tuple[str, ...] = ()

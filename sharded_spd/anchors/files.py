@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
@@ -18,6 +19,7 @@ from sharded_spd.names import match_names
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INDEX = ".safetensors.index.json"
+_NUMBER = re.compile(r"\d+")
 
 
 class FileAnchor:
@@ -78,6 +80,22 @@ class FileAnchor:
                 continue
             found += _misfits(layer, tuple(shape), tensor)
         return [f"{error} (needed for {_some(layers)})" for error, layers in broken.items()] + found
+
+    def strays(self, model_fqns: Sequence[str]) -> list[str]:
+        """One sentence if the checkpoint goes on where the model ends: layers of the same kinds.
+
+        Other tensors that the model lacks (a head of the pre-training, buffers) are nobody's concern.
+        """
+        files = self._tensor_files()
+        claimed = set(match_names(list(model_fqns), files).values())
+        kinds = {_NUMBER.sub("#", name) for name in claimed}
+        strays = [name for name in files if name not in claimed and _NUMBER.sub("#", name) in kinds]
+        if not strays:
+            return []
+        return [
+            f"{self._path}: holds {len(strays)} tensors that the model lacks although it has their like "
+            f"({_some(strays)}), so it is probably a larger model's"
+        ]
 
     def fetch(self, piece: ShardSlice) -> torch.Tensor | None:
         """Read the values of `piece` as a fresh 1-D tensor `[piece.numel]`; None: anchored at zero.

@@ -30,6 +30,7 @@ class ParameterAdapter:
         self.optimizers: Sequence[Optimizer] = tuple(optimizers)
         self.named = False
         self.names: dict[Tensor, str] = {}
+        self._model_fqns: tuple[str, ...] = ()
         self._slices: dict[Tensor, ShardSlice] = {}
         self._params: dict[str, Tensor] = {}
         self._scopes: list[Scope] = []
@@ -47,8 +48,11 @@ class ParameterAdapter:
             reshard = getattr(module, "reshard", None)
             if callable(reshard) and hasattr(module, "set_reshard_after_backward"):
                 reshard()
-        named = dict(model.named_parameters())
-        self.names = dict(zip(named.values(), clean_fqns(list(named)), strict=True))
+        named = list(model.named_parameters(remove_duplicate=False))
+        self._model_fqns = tuple(clean_fqns([name for name, _ in named]))
+        self.names = {}
+        for fqn, (_, param) in zip(self._model_fqns, named, strict=True):
+            self.names.setdefault(param, fqn)
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
@@ -95,7 +99,7 @@ class ParameterAdapter:
                 "they were taken from, as it was then wrapped or sharded"
             )
         shapes = {fqn: tuple(p.shape) for fqn, p in params.items()}
-        return ShardLayout(tuple(params), shapes, tuple(self._scopes))
+        return ShardLayout(tuple(params), shapes, tuple(self._scopes), self._model_fqns)
 
     def _walk(self) -> Iterator[tuple[str, Tensor, bool]]:
         several = len(self.optimizers) > 1

@@ -232,3 +232,25 @@ def test_pull_above_one_warns_once() -> None:
             optimizer.step()
             optimizer.projector.metrics()
     assert sum("max_pull" in str(w.message) for w in caught) == 1
+
+
+def _stack(depth: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth)))
+
+
+def test_checkpoint_of_a_deeper_model_raises(tmp_path: Any) -> None:
+    """Also where the optimizer holds only some layers; it takes the model to tell."""
+    deep, model = _stack(4), _stack(2)
+    save_file(deep.state_dict(), tmp_path / "deep.safetensors")
+    last = list(model[1].named_parameters(prefix="1"))
+    with pytest.raises(ValueError, match=r"larger model's|2\.weight"):
+        AdamSPD(last, anchor=tmp_path / "deep.safetensors", weight_decay=LAMBDA, model=model)
+
+
+def test_checkpoint_with_a_head_that_the_model_lacks_is_fine(tmp_path: Any) -> None:
+    model = _stack(2)
+    extra = {"lm_head.weight": torch.zeros(2, 3), "position_ids": torch.arange(3)}
+    save_file({**model.state_dict(), **extra}, tmp_path / "model.safetensors")
+    last = list(model[1].named_parameters(prefix="1"))
+    optimizer = AdamSPD(last, anchor=tmp_path / "model.safetensors", weight_decay=LAMBDA, model=model)
+    assert optimizer.projector.bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sharded_spd.errors import AnchorError
-from sharded_spd.names import clean_fqn, match_names
+from sharded_spd.names import clean_fqn, clean_fqns, match_names
 
 BASE = ("embed.weight", "encoder.0.weight", "encoder.0.bias", "encoder.1.weight")
 HEAD = ("classifier.weight", "classifier.bias")
@@ -148,3 +148,18 @@ def test_nothing_in_common_and_nothing_at_all():
     assert match_names(BASE, ["x.y", "z"]) == {}
     assert match_names([], BASE) == {}
     assert match_names(BASE, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "want"),
+    [
+        (["module.a.weight", "module.b"], ["a.weight", "b"]),
+        (["module.module.a", "module.module.b"], ["a", "b"]),
+        (["module.a", "b"], ["module.a", "b"]),
+        (["base_model.model.x", "base_model.model._orig_mod.y"], ["x", "y"]),
+        (["_fsdp_wrapped_module.a", "module.a"], ["a", "module.a"]),
+        ([], []),
+    ],
+)
+def test_what_all_names_begin_with_is_dropped(names: list[str], want: list[str]) -> None:
+    assert clean_fqns(names) == want
