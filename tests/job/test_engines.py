@@ -40,7 +40,7 @@ def run(home: Path, tiny_job: Path) -> Callable[[str], Path]:
 def test_engines_train_alike(engine: str, run: Callable[[str], Path]) -> None:
     expected, got = metrics(run("single"), "step"), metrics(run(engine), "step")
     assert [(s["method"], s["step"]) for s in got] == [("adamw", 1), ("adamw", 2), ("spd", 1), ("spd", 2)]
-    # The order of float32 sums differs between engines; a wrong average or a lost example is off by over 1e-2.
+    # The order of float32 sums differs between engines; a wrong average is off by over 1e-2.
     assert [s["loss"] for s in got] == pytest.approx([s["loss"] for s in expected], abs=1e-4)
     for mine, theirs in zip(
         results(run(engine))["trainings"], results(run("single"))["trainings"], strict=True

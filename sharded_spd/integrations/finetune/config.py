@@ -23,6 +23,10 @@ FROM_CHECKPOINT = "checkpoint"
 """As an anchor's source: the job's own checkpoint, of which each rank reads its slices."""
 
 
+_SHORT_FORMS = {"engine": "name", "data": "name", "anchor": "source"}
+"""Blocks that may be given as one word, and the key that the word stands for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NamedBlock:
     """A choice by name, with options: `fsdp2`, or `{name: fsdp2, param_dtype: bfloat16}`."""

@@ -29,9 +29,9 @@ class ImageSpec:
 class DigitsOptions:
     """How one permutation by `split_seed` deals out the 1797 digits, in this order; the rest is the test."""
 
-    pretrain: int = 800
+    pretrain: int = 300
     pool: int = 250
-    validation: int = 300
+    validation: int = 400
     train: int = 200
     split_seed: int = 0
     corruption_seed: int = 7

@@ -45,7 +45,7 @@ def _batches(examples: int, config: TrainConfig, seed: int) -> Iterator[torch.Te
         yield from torch.randperm(examples, generator=generator).split(config.batch_size)
 
 
-def _share(batch: torch.Tensor, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+def share_of_batch(batch: torch.Tensor, world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's part of a batch, equally long on all ranks, and each example's weight in the mean over all.
 
     Engines average over ranks, so a weight is ranks / batch; what fills up a short part weighs nothing.
@@ -100,7 +100,7 @@ def fit(
     running = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, steps, asked to stop
     since, seen = time.perf_counter(), 0
     for step, batch in enumerate(_batches(examples, config, seed), start=1):
-        indices, weights = _share(batch, world)
+        indices, weights = share_of_batch(batch, world)
         loss = (task.losses(engine.model, data, indices, augment=change) * weights).sum()
         engine.backward(loss)
         lr = optimizer.param_groups[0]["lr"]

@@ -49,7 +49,7 @@ class _Live:
 
     def step_figures(self) -> tuple[float | None, float | None]:
         """The activation rate and the relative deviation of the last step, where a rule is attached."""
-        if self.projector is None:
+        if self.projector is None or not self.engine.world.main:  # only the main rank shows them
             return None, None
         metrics = self.projector.metrics()
         rate = float(metrics["activation_rate"])
