@@ -53,10 +53,14 @@ def toy_beside_spd(engine: Engine, *, form: Form, toy: str) -> None:
             assert_float64_parity(training.weights(), {**toys.weights, **plain.weights}, label=f"step {t}:")
 
 
-def toy_collectives(engine: Engine, *, form: Form, toy: str, expected: int) -> None:
-    """One all-reduce per scope and step; a rule that edits the gradient adds one."""
-    start = tensors()
-    training = Training(engine, start, _options(toy), form=form)
+def toy_collectives(engine: Engine, *, form: Form, toy: str, beside: bool, expected: int) -> None:
+    """One all-reduce per scope and step; a rule that edits the gradient adds one, ahead of it.
+
+    `beside`: every other layer has SPD, which asks for statistics after the step.
+    """
+    start, own = tensors(), _options(toy)
+    options = {name: SPD if beside and i % 2 else own for i, name in enumerate(start)}
+    training = Training(engine, start, options, form=form)
     rows = sum(w.shape[0] if w.ndim > 1 else 1 for w in start.values())
     for t, grads in enumerate(gradients(start, 4)):
         training.backward(grads)

@@ -145,11 +145,11 @@ def _seam() -> Iterator[Task]:
         )
         yield from _cross((("single", 1), *FSDP2), seam_cases.toy_resumes, label=toy, toy=toy)
         yield from _cross((("fsdp2", 4),), seam_cases.toy_resharded, label=toy, toy=toy)
-    for toy, expected in (("row_ball", 1), ("turn_back", 2)):
-        yield from _cross(FSDP2, seam_cases.toy_collectives, label=toy, toy=toy, expected=expected)
-    yield from _cross(
-        (("ddp", 2),), seam_cases.toy_collectives, label="turn_back", toy="turn_back", expected=0
-    )
+    for toy, beside, expected in (("row_ball", True, 1), ("turn_back", False, 1), ("turn_back", True, 2)):
+        label = f"{toy}-beside{beside}"
+        options = {"toy": toy, "beside": beside}
+        yield from _cross(FSDP2, seam_cases.toy_collectives, label=label, expected=expected, **options)
+        yield from _cross((("ddp", 2),), seam_cases.toy_collectives, label=label, expected=0, **options)
 
 
 TASKS = [*_golden(), *_oracle(), *_resume(), *_collectives(), *_seam()]

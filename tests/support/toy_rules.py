@@ -39,8 +39,9 @@ class RowBall(Rule):
         rows = stats.after[ROW_L1]
         along = stats.over_rows(stats.before[GRAD_DOT_PREVIOUS], "sum")
         longest = stats.over_rows(rows, "max")
-        moved = state["radius"] * torch.where(along > 0, 0.8, 1.25)
-        state["radius"] = torch.where(state["radius"] == 0, options.weight_decay * longest, moved)
+        radius = state["radius"]
+        moved = torch.where(along > 0, 0.8 * radius, 1.25 * radius)
+        state["radius"] = torch.where(radius == 0, options.weight_decay * longest, moved)
         radius = stats.to_rows(state["radius"])
         return torch.where(rows > radius, 1 - radius / torch.where(rows > 0, rows, 1.0), 0.0)
 

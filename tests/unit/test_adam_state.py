@@ -65,7 +65,7 @@ def test_resume_is_bit_exact(through: str, dtype: torch.dtype) -> None:
 
 
 def test_state_dict_has_the_form_of_torch_adam() -> None:
-    """Tools that read Adam's checkpoints read this one: the same keys of state, and Adam's own of each group."""
+    """Tools that read Adam's checkpoints read this one: the same keys of state, and Adam's of each group."""
     start = layers()
     ours, theirs = parameters(start), parameters(start)
     optimizer, reference = _spd(ours.items()), torch.optim.Adam(theirs.items(), lr=LR)
@@ -221,7 +221,7 @@ def test_scheduler_state_resumes() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(fused: bool, unscale: bool) -> None:
-    """The scaler divides, or leaves it to a fused optimizer; an overflow is inert: weights, state and pulls."""
+    """The scaler divides, or leaves it to a fused optimizer; an overflow changes no weight and no state."""
     start = layers(dtype=torch.float32)
     params = parameters(start)
     optimizer = _spd(params.items(), fused=fused)

@@ -63,7 +63,7 @@ def test_tensor_lr(fused: bool) -> None:
 @pytest.mark.parametrize(
     ("dtype", "relative"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
 )
-@pytest.mark.filterwarnings("ignore:.*bfloat16.*")
+@pytest.mark.filterwarnings("ignore:.*half precision.*")
 def test_lower_precision(dtype: torch.dtype, relative: float) -> None:
     """The base rounds as torch's does; what is left is the pull's own last place."""
     start = layers(dtype=dtype)
@@ -77,12 +77,15 @@ def test_lower_precision(dtype: torch.dtype, relative: float) -> None:
     assert all(p.dtype == dtype for p in params.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*bfloat16.*")
-def test_bfloat16_warns_once(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_warns_once(dtype: torch.dtype, recwarn: pytest.WarningsRecorder) -> None:
     """Pulls below a unit in the last place vanish without float32 masters."""
-    for _ in range(2):
-        AdamSPD(parameters(layers(dtype=torch.bfloat16)).items(), lr=LR, weight_decay=LAMBDA)
-    assert sum("bfloat16" in str(w.message) for w in recwarn) <= 2
+    params = parameters(layers(dtype=dtype))
+    optimizer = AdamSPD(params.items(), lr=LR, weight_decay=LAMBDA, max_pull=1.0)
+    for given in gradients(3, dtype=dtype):
+        give(params, given)
+        optimizer.step()
+    assert ["half precision" in str(w.message) for w in recwarn] == [True]
 
 
 def test_missing_gradients() -> None:
@@ -120,7 +123,7 @@ def test_closure_is_evaluated_once_with_grad() -> None:
 
 
 def test_step_hooks_run_around_the_step() -> None:
-    """A user's hooks see the gradients before and the finished weights after; a pre-hook may still change gradients."""
+    """A user's hooks may change the gradients before, and see the finished weights after."""
     start = layers()
     params = parameters(start)
     optimizer = AdamSPD(params.items(), lr=LR, weight_decay=LAMBDA)
@@ -243,7 +246,7 @@ def test_channels_last_and_scalar_parameters() -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("when", [0, 4])
 def test_copies_continue_identically(how: str, when: int) -> None:
-    """A copy of model and optimizer, made before the first step or in the middle, goes on as the original does."""
+    """A copy of model and optimizer, made at the start or in the middle, goes on as the original does."""
     start = layers()
     grads = gradients(8)
     params = parameters(start)
@@ -281,7 +284,8 @@ def test_methods_keep_torch_parameter_names() -> None:
 def test_signature_is_the_documented_one() -> None:
     parameters_ = inspect.signature(AdamSPD).parameters
     assert list(parameters_) == (
-        "params lr betas eps weight_decay amsgrad maximize foreach capturable anchor rule fused model max_pull".split()
+        "params lr betas eps weight_decay amsgrad "
+        "maximize foreach capturable anchor rule fused model max_pull".split()
     )
     keyword_only = [name for name, p in parameters_.items() if p.kind is p.KEYWORD_ONLY]
     assert keyword_only == list(parameters_)[6:]

@@ -209,7 +209,7 @@ def test_pattern_that_matches_nothing_raises() -> None:
 
 def test_unknown_rule_raises() -> None:
     model = Probe(layers())
-    with pytest.raises(ValueError, match="sdp.*spd"):
+    with pytest.raises(ValueError, match=r"sdp.*spd"):
         attach(_adam(model), model, SPDConfig(rule="sdp"))
 
 
