@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
@@ -70,7 +71,7 @@ class ParameterAdapter:
         self._learn_names(model)
         slices: dict[Tensor, ShardSlice] = {}
         params: dict[str, Tensor] = {}
-        scopes: dict[str, tuple[ProcessGroup, list[str]]] = {}
+        scopes: dict[tuple[int, ...], tuple[ProcessGroup, list[str]]] = {}
         self.named = True
         for fqn, param, own_name in self._walk():
             if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
@@ -90,7 +91,9 @@ class ParameterAdapter:
             self.named = self.named and own_name
             slices[param], params[fqn] = whole_slice(fqn, param), param
             for group in shard_groups(param):
-                scopes.setdefault(group.group_name, (group, []))[1].append(fqn)
+                # By ranks, for equal meshes made twice have groups of their own: one reduction serves them.
+                ranks = tuple(dist.get_process_group_ranks(group))
+                scopes.setdefault(ranks, (group, []))[1].append(fqn)
         self._slices, self._params = slices, params
         self._scopes = [Scope(group, tuple(layers)) for group, layers in scopes.values()]
         if self.names and not any(param in self.names for param in params.values()):
