@@ -147,7 +147,8 @@ def _autopsy(ranks: Sequence[Any], reports: Sequence[str | None], folder: Path) 
     for rank, (process, report) in enumerate(zip(ranks, reports, strict=True)):
         if report is None:
             state = "hangs" if process.is_alive() else f"died with exit code {process.exitcode}"
-            log = (folder / f"rank{rank}.log").read_text(errors="replace")[-4000:]
+            path = folder / f"rank{rank}.log"
+            log = path.read_text(errors="replace")[-4000:] if path.exists() else "it never began"
             parts.append(f"--- rank {rank} {state} ---\n{log}")
         else:
             parts.append(f"--- rank {rank} {'failed' if report else 'passed'} ---\n{report}")
