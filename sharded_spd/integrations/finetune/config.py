@@ -91,9 +91,13 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """Which strengths to try per method, and how the validation accuracy decides between them."""
+    """Which strengths to try per method, with which seeds, and how the validation accuracy decides.
+
+    `seeds`: all of the job's if empty.
+    """
 
     weight_decay: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
     rule: Literal["one-standard-error", "best"] = "one-standard-error"
 
 
@@ -196,8 +200,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     block: Any = data
     for depth, name in enumerate(names[:-1]):
         below = block.setdefault(name, {})
-        if isinstance(below, str) and name in ("engine", "data"):  # the short form of a named block
-            below = block[name] = {"name": below}
+        if isinstance(below, str) and name in _SHORT_FORMS:
+            below = block[name] = {_SHORT_FORMS[name]: below}
         if not isinstance(below, dict):
             raise ConfigError(
                 f"{override}: {'.'.join(names[: depth + 1])} is {below!r}, it has no settings of its own"

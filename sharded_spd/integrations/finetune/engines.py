@@ -82,7 +82,8 @@ class Engine(ABC):
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for name, tensor in self.local_tensors().items():
             before = start[name].double()
-            sums += torch.stack([(tensor.double() - before).square().sum(), before.square().sum()])
+            own = torch.stack([(tensor.double() - before).square().sum(), before.square().sum()])
+            sums += own.to(sums.device)  # offloaded shards are on the host
         distance, size = self.sum_over_shards(sums).tolist()
         return distance, size
 

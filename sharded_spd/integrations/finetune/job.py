@@ -143,7 +143,8 @@ class _Job:
         candidates = {name: config.select.weight_decay.get(name, ()) for name in config.compare}
         tried = sum(len(strengths) for strengths in candidates.values() if len(strengths) > 1)
         steps = total_steps(len(trainer.splits(config.seeds[0]).train.labels), config.train)
-        self.display.begin_stage(steps * len(config.seeds) * (tried + len(config.compare)))
+        choosing = tried * len(config.select.seeds or config.seeds)
+        self.display.begin_stage(steps * (choosing + len(config.seeds) * len(config.compare)))
         zero_shot = trainer.zero_shot(config.seeds[0])
         self.display.say(
             "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in zero_shot.scores.items())
@@ -167,10 +168,9 @@ class _Job:
             raise ConfigError(
                 "select: choosing a strength takes a validation set; give data.validation, or one strength"
             )
+        seeds = self.config.select.seeds or self.config.seeds
         found = {
-            strength: [
-                trainer.validate(Method(name, strength), seed, validation) for seed in self.config.seeds
-            ]
+            strength: [trainer.validate(Method(name, strength), seed, validation) for seed in seeds]
             for strength in strengths
         }
         chosen = choose_strength(found, examples=len(validation.labels), rule=self.config.select.rule)
@@ -202,4 +202,4 @@ class _Job:
             saved.insert(0, f"{len(self.results)} finished training(s) with their results")
         if where is not None:
             saved.append(f"the unfinished model at {where}")
-        return f"Stopped by {(self.stop.signal or 'a signal')!s}. Saved: {'; '.join(saved)}."
+        return f"Stopped. Saved: {'; '.join(saved)}."

@@ -70,11 +70,11 @@ class _Ranks:
                 )
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to every rank."""
+        """Ask every rank to stop, by SIGTERM: one that is still importing then ends without a traceback."""
         self.received = signal.Signals(number)
         for process in self.processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.terminate()
 
     def wait(self) -> int:
         """Wait for all; the exit code of the first one to fail, 0 if none did."""
@@ -91,6 +91,8 @@ class _Ranks:
         self.kill()
         failed = [rank for rank, process in enumerate(self.processes) if process.returncode]
         if self.received is not None:
+            if self.processes[0].returncode < 0:  # it had no time to say so itself
+                print("Stopped before anything was saved.", file=sys.stderr)
             return 128 + self.received
         if failed and not code:
             culprit, code = failed[0], self.processes[failed[0]].returncode

@@ -10,7 +10,7 @@ import torch
 
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.api import attach
-from sharded_spd.config import SPDConfig
+from sharded_spd.config import AnchorConfig, SPDConfig
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, PLAIN, JobConfig, TrainConfig
 from sharded_spd.integrations.finetune.engines import Engine
@@ -57,7 +57,14 @@ def set_up(
 
 
 def _with_anchor(spd: SPDConfig, checkpoint: Path, names: Mapping[str, str]) -> SPDConfig:
-    if spd.anchor.source != FROM_CHECKPOINT:
-        return spd
-    store = RenamedAnchor(FileAnchor(checkpoint, spd.anchor.dtype, spd.anchor_missing), names)
-    return replace(spd, anchor=replace(spd.anchor, source=store))
+    def located(anchor: AnchorConfig) -> AnchorConfig:
+        if anchor.source != FROM_CHECKPOINT:
+            return anchor
+        store = RenamedAnchor(FileAnchor(checkpoint, anchor.dtype, spd.anchor_missing), names)
+        return replace(anchor, source=store)
+
+    layers = tuple(
+        layer if layer.anchor is None else replace(layer, anchor=located(layer.anchor))
+        for layer in spd.layers
+    )
+    return replace(spd, anchor=located(spd.anchor), layers=layers)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from sharded_spd.integrations.finetune.records import Evaluation
 from sharded_spd.integrations.finetune.train import StepReport
 
 PLAIN_SECONDS = 10.0
 """At least how long between two plain lines of one training."""
+
+
+class _TwoLines(Progress):
+    """The bar, and the figures of the last step below it: together they are wider than many terminals."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Both lines."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text("  ".join(task.fields["figures"]), style="dim", no_wrap=True)
 
 
 class Display:
@@ -26,18 +38,17 @@ class Display:
         self._done = self._expected = 0
         self._last_line = time.monotonic()
         if visible and self.console.is_terminal:
-            self._bar = Progress(
+            self._bar = _TwoLines(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:3.0f}%"),
-                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(compact=True),
                 TextColumn("left"),
                 console=self.console,
                 expand=True,
                 transient=True,
             )
-            self._task = self._bar.add_task("starting", total=None, figures="")
+            self._task = self._bar.add_task("starting", total=None, figures=())
 
     def __enter__(self) -> Display:
         if self._bar is not None:
@@ -54,7 +65,7 @@ class Display:
         """Start a bar of so many steps."""
         self._done, self._expected = 0, steps
         if self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, total=steps, completed=0, figures="")
+            self._bar.reset(self._task, total=steps, completed=0, figures=())
 
     def begin(self, title: str) -> None:
         """Name the training that the next steps belong to."""
@@ -80,7 +91,7 @@ class Display:
             figures.append(f"moved {deviation:.1%}")
         figures.append(f"{report.samples_per_second:.0f}/s")
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, figures=" ".join(figures))
+            self._bar.update(self._task, completed=self._done, figures=figures)
         elif time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
             share = f"{self._done / max(1, self._expected):.0%} done"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import names_in_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.data import ImageSet, Splits
@@ -183,8 +184,15 @@ class Trainer:
 
     def _save(self, live: _Live, to: Path) -> None:
         state = live.engine.full_state()
+        problem = None
         if self.world.main:
-            self.task.save_model(live.model_class, live.model_config, state, to)
+            try:
+                self.task.save_model(live.model_class, live.model_config, state, to)
+            except OSError as error:
+                problem = f"output_dir: {to} cannot be written: {error}"
+        problem = self.world.all_agree(problem)
+        if problem is not None:
+            raise ConfigError(problem)
 
     def save_interrupted(self, directory: Path) -> Path | None:
         """Save the model that was in training when the job was stopped, if there was one. Collective."""
