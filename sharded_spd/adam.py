@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,10 @@ class AdamSPD(Adam):
 
     def bind(self, model: Module | None = None) -> None:
         """Bind the anchors, or bind anew after sharding; see `Projector.bind`."""
+        first = not self.projector.bound
         self.projector.bind(model)
+        if first:  # a checkpoint may have been loaded before
+            self._check_fingerprints(self.param_groups)
         self._after_bind()
 
     def _after_bind(self) -> None:
@@ -121,8 +124,10 @@ class AdamSPD(Adam):
         pre = None if group.get("pre") is None else list(group["pre"])
         group.pop("pre", None)
         params = group["params"]
-        if not isinstance(params, (Tensor, set)):
-            group["params"] = params = self._with_names(list(params))
+        if not isinstance(params, set):  # torch refuses a set
+            group["params"] = params = self._with_names(
+                [params] if isinstance(params, Tensor) else list(params)
+            )
         if pre is not None and len(pre) != len(params):
             raise AnchorError(
                 f"group {len(self.param_groups)} has {len(params)} parameters but {len(pre)} anchors in "
@@ -141,6 +146,7 @@ class AdamSPD(Adam):
             except Exception:  # the group is taken out again, so that the optimizer can go on without it
                 self.param_groups.pop()
                 self._specs.pop()
+                self.projector.bind()
                 raise
 
     def _with_names(self, params: list[Any]) -> list[Any]:
@@ -205,42 +211,50 @@ class AdamSPD(Adam):
             AnchorError: where the checkpoint was written with another anchor.
         """
         if self.projector.bound:
-            for i, (group, own) in enumerate(
-                zip(state_dict["param_groups"], self.projector.group_fingerprints(self), strict=False)
-            ):
-                saved = group.get("anchor_fingerprint", own)
-                if saved != own and len(group["params"]) == len(self.param_groups[i]["params"]):
-                    raise AnchorError(
-                        f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this "
-                        f"optimizer has {own}: another pre-trained model, or weights loaded before the "
-                        "anchor was taken; build the optimizer on the pre-trained weights, then load the "
-                        "checkpoint"
-                    )
-        kept = [(group["rule"], group["anchor"]) for group in self.param_groups]
+            self._check_fingerprints(state_dict["param_groups"])
+        kept = [
+            {k: group[k] for k in ("rule", "anchor", "weight_decay", "max_pull")}
+            for group in self.param_groups
+        ]
         super().load_state_dict(state_dict)
-        for group, (rule, anchor) in zip(self.param_groups, kept, strict=True):
-            group["rule"], group["anchor"] = rule, anchor
+        for group, own, saved in zip(self.param_groups, kept, state_dict["param_groups"], strict=True):
+            # Of a plain Adam's checkpoint the weight_decay is another thing than lambda.
+            foreign = "rule" not in saved
+            group.update(own if foreign else {k: own[k] for k in ("rule", "anchor")})
         if "projector" in state_dict:
             self.projector.load_state_dict(state_dict["projector"])
         self._after_bind()
 
+    def _check_fingerprints(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        own = self.projector.group_fingerprints(self)
+        for i, (group, now, mine) in enumerate(zip(groups, own, self.param_groups, strict=False)):
+            saved = group.get("anchor_fingerprint", now)
+            if saved != now and len(group["params"]) == len(mine["params"]):
+                raise AnchorError(
+                    f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this "
+                    f"optimizer has {now}: another pre-trained model, or weights loaded before the anchor "
+                    "was taken; build the optimizer on the pre-trained weights, then load the checkpoint"
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: Adam's, and this rank's shards of the anchors."""
         own = {name: getattr(self, name) for name in ("_own_defaults", "_specs", "_deferred")}
-        anchors, state = self.projector.export_anchors(), self.projector.state_dict()
-        return {**super().__getstate__(), **own, "_anchors": anchors, "_rule_state": state}
+        bound = self.projector.bound
+        held = (self.projector.export_anchors(), self.projector.state_dict()) if bound else None
+        return {**super().__getstate__(), **own, "_held": held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, or (called by `load_state_dict`) only moments and groups."""
-        anchors, rule_state = state.pop("_anchors", None), state.pop("_rule_state", {})
+        copied, held = "_held" in state, state.pop("_held", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
             group.setdefault("max_pull", None)
-        if anchors is not None:
+        if copied:
             self._model_names = {}
             adapter = ParameterAdapter([self])
             self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True)
-            self._projector.adopt(anchors, rule_state)
+            if held is not None:
+                self._projector.adopt(*held)
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True
 

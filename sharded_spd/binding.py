@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from sharded_spd.agree import agree
 from sharded_spd.anchors.base import AnchorStore
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
+from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.errors import AnchorError
+from sharded_spd.guard import Unverified
 from sharded_spd.layout import BoundShard, Box, ShardLayout, ShardSlice
 from sharded_spd.rules import Rule
 from sharded_spd.stats import CHUNK, all_reduce_, fixed_sum
@@ -43,26 +47,25 @@ Resolver = Callable[[ShardLayout, Mapping[str, Mapping[str, Any]], bool], Mappin
 class HeldAnchor:
     """This rank's shard of one anchor; `values` None stands for zero.
 
-    `pending`: not held yet, for the layer is frozen at its anchor; its weight will be taken, in `dtype`.
+    `pending`: not held yet, for the layer is frozen at its anchor; its weight will be taken, in `dtype`, if
+    it still has this `fingerprint`.
     """
 
     piece: ShardSlice
     values: Tensor | None
     pending: bool = False
     dtype: torch.dtype | None = None
+    fingerprint: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class Binding:
-    """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks.
-
-    `fresh` are the layers whose anchor is, bit for bit, a snapshot that this binding took.
-    """
+    """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks."""
 
     layout: ShardLayout
     options: Mapping[str, LayerSettings]
     held: dict[str, HeldAnchor]
-    fresh: set[str] = field(default_factory=set)
+    unverified: Unverified = field(default_factory=Unverified)
     norms: dict[str, float] = field(default_factory=dict)
     fingerprints: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -71,13 +74,27 @@ class Binding:
         """The fingerprint of all anchors."""
         return combine(self.fingerprints)
 
-    def anchor(self, piece: ShardSlice, weight: Tensor) -> Tensor | None:
-        """The bound values of `piece`; a frozen layer's are taken now, at its first gradient."""
+    def take(self, piece: ShardSlice, weight: Tensor) -> tuple[Tensor | None, bool]:
+        """The bound values of `piece`, and whether they are lost: a frozen layer that was loaded since.
+
+        A frozen layer's anchor is taken now, at its first gradient, from its weight; where that has changed
+        since, from its store.
+        """
         held = self.held[piece.layer]
         if held.pending:
-            held.values = _place(weight.to(held.dtype, copy=True), weight, self.options[piece.layer])
+            settings, moved = self.options[piece.layer], not self.in_place(held, weight)
+            held.values = _place(weight.to(held.dtype, copy=True), weight, settings)
             held.pending = False
-        return held.values
+            if moved and not isinstance(settings.anchor, str):
+                with suppress(AnchorError):  # all ranks raise once the sums are reduced
+                    held.values, moved = fetch(settings, piece, weight), False
+            return held.values, moved
+        return held.values, False
+
+    def in_place(self, held: HeldAnchor, weight: Tensor) -> bool:
+        """Whether a pending layer's weight is still its anchor."""
+        shape = self.layout.shapes[held.piece.layer]
+        return _numbers(slice_fingerprint(weight.to(held.dtype), held.piece, shape)) == held.fingerprint
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -105,20 +122,21 @@ def _place(values: Tensor, weight: Tensor, options: LayerSettings) -> Tensor:
     return values.cpu().pin_memory() if weight.is_cuda else values.cpu()
 
 
-def _cut(held: HeldAnchor, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor | None:
-    """The part `piece` of an anchor that was bound to another shard of its layer: before sharding."""
-    if held.values is None:
-        return None
-    whole = 1
-    for size in shape:
-        whole *= size
-    if held.values.numel() != whole:
+def cut(values: Tensor, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor:
+    """What `piece` holds of values that were bound to another shard of the layer, e.g. the whole.
+
+    Raises:
+        AnchorError: where the other shard was not the whole layer.
+    """
+    if (old.region, old.numel) == (piece.region, piece.numel):
+        return values
+    if values.numel() != prod(shape):
         raise AnchorError(
-            f"layer {piece.layer!r} was sharded anew after its anchor had been taken from another shard "
-            f"({held.piece.region}, now {piece.region}); build the optimizer with anchor='deferred' and "
-            "call bind() after sharding, or anchor at a checkpoint's path"
+            f"layer {piece.layer!r} was sharded anew after it had been bound to another shard "
+            f"({old.region}, now {piece.region}); build the optimizer with anchor='deferred' and call "
+            "bind() after sharding, or anchor at a checkpoint's path"
         )
-    values = held.values.view(shape)
+    values = values.view(shape)
     if isinstance(piece.region, Box):
         values = values[
             tuple(slice(o, o + n) for o, n in zip(piece.region.offsets, piece.region.sizes, strict=True))
@@ -151,16 +169,25 @@ def bind(
     layout: ShardLayout,
     options: Mapping[str, LayerSettings],
     previous: Mapping[str, HeldAnchor],
+    unchecked: Set[str],
     groups: Sequence[Any],
 ) -> Binding:
     """Bind every layer; one that is bound already keeps its anchor. Collective over `groups` and the scopes.
+
+    Args:
+        shards: this rank's shards of all layers.
+        layout: the layout of all layers.
+        options: each layer's settings.
+        previous: what this rank holds already, by FQN.
+        unchecked: layers among those whose snapshot has not been checked by a step yet.
+        groups: the groups whose ranks bind together.
 
     Raises:
         AnchorError: on all ranks alike, where an anchor does not fit or cannot be read on one of them.
     """
     pieces = {p.layer: (shard, p) for shard in shards for p in shard.slices}
     result = Binding(layout, options, {})
-    totals: dict[str, tuple[Tensor, Tensor]] = {}
+    totals: dict[str, _Totals] = {}
 
     def local() -> None:
         _check_stores(layout, options)
@@ -168,16 +195,24 @@ def bind(
             if not options[fqn].rule.spec.anchored:
                 continue
             weight = flat(shard.tensor)[piece.offset : piece.offset + piece.numel]
-            shape = layout.shapes[fqn]
-            values, known = _values(previous.get(fqn), options[fqn], piece, weight, shape)
-            totals[fqn] = (_norm_sq(values), slice_fingerprint(values, piece, shape))
-            result.held[fqn] = _hold(values, piece, weight, frozen=not shard.requires_grad)
+            shape, old = layout.shapes[fqn], previous.get(fqn)
+            values, known = _values(old, options[fqn], piece, weight, shape)
+            prints = slice_fingerprint(values, piece, shape)
+            held = result.held[fqn] = _hold(values, piece, weight, prints, frozen=not shard.requires_grad)
             exact = options[fqn].anchor_dtype in (None, weight.dtype)
-            if options[fqn].anchor == "snapshot" and not known and exact:
-                result.fresh.add(fqn)
+            snapshot = options[fqn].anchor == "snapshot" and exact
+            # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
+            told = (known or not snapshot) and piece.numel > 0
+            seen = torch.tensor([told, fqn in unchecked, held.pending])
+            totals[fqn] = _Totals(_norm_sq(values), torch.cat([prints.cpu(), seen.long()]))
 
     agree(local, groups)
     _reduce(result, totals)
+    # Tensors given by the user are bound now: this rank's shard is kept, theirs are let go.
+    result.options = {
+        fqn: replace(own, anchor="snapshot") if isinstance(own.anchor, TensorAnchor) else own
+        for fqn, own in options.items()
+    }
     return result
 
 
@@ -189,23 +224,42 @@ def _values(
     shape: tuple[int, ...],
 ) -> tuple[Tensor | None, bool]:
     """The anchor of a slice, and whether it was known before this binding."""
-    if old is not None and not old.pending:
-        if (old.piece.region, old.piece.numel) == (piece.region, piece.numel):
-            return old.values, True
-        if options.anchor == "snapshot":
-            return _cut(old, piece, shape), True
-    return fetch(options, piece, weight), False
+    if old is None:
+        return fetch(options, piece, weight), False
+    if not old.pending:
+        if old.values is None:
+            return None, True
+        if isinstance(options.anchor, str) or (old.piece.region, old.piece.numel) == (
+            piece.region,
+            piece.numel,
+        ):
+            return cut(old.values, old.piece, piece, shape), True
+        return fetch(options, piece, weight), True
+    return fetch(options, piece, weight), True
 
 
-def _hold(values: Tensor | None, piece: ShardSlice, weight: Tensor, *, frozen: bool) -> HeldAnchor:
+def _hold(
+    values: Tensor | None, piece: ShardSlice, weight: Tensor, prints: Tensor, *, frozen: bool
+) -> HeldAnchor:
     """A frozen layer whose anchor its weight reproduces takes no memory before its first gradient.
 
     Taking it from the weight then, and not from its store, also keeps a step free of reads that may fail on
     one rank.
     """
     if frozen and values is not None and torch.equal(weight.to(values.dtype), values.to(weight.device)):
-        return HeldAnchor(piece, None, pending=True, dtype=values.dtype)
+        return HeldAnchor(piece, None, pending=True, dtype=values.dtype, fingerprint=_numbers(prints))
     return HeldAnchor(piece, values)
+
+
+def _numbers(prints: Tensor) -> tuple[int, ...]:
+    return tuple(prints.tolist())
+
+
+class _Totals(NamedTuple):
+    """This rank's part of |w0|^2, and of int64 [fingerprints..., known before, unchecked, pending]."""
+
+    norm_sq: Tensor
+    counts: Tensor
 
 
 def _norm_sq(values: Tensor | None) -> Tensor:
@@ -218,18 +272,24 @@ def _norm_sq(values: Tensor | None) -> Tensor:
     return total
 
 
-def _reduce(binding: Binding, totals: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _reduce(binding: Binding, totals: Mapping[str, _Totals]) -> None:
+    """Sum over the scopes: norms, fingerprints, and what no rank may decide by itself."""
     fqns = [fqn for fqn in binding.layout.fqns if fqn in totals]
     column = {fqn: i for i, fqn in enumerate(fqns)}
     norms = torch.zeros(len(fqns), dtype=torch.float64)
-    prints = torch.zeros(len(fqns), len(SEEDS), dtype=torch.int64)
+    counts = torch.zeros(len(fqns), len(SEEDS) + 3, dtype=torch.int64)
     for fqn, i in column.items():
-        norms[i], prints[i] = totals[fqn]
+        norms[i], counts[i] = totals[fqn]
     for scope in binding.layout.scopes:
         columns = [column[fqn] for fqn in scope.layers if fqn in column]
-        for whole in (norms, prints):
+        for whole in (norms, counts):
             part = whole[columns]
             all_reduce_(part, scope.group)
             whole[columns] = part
     binding.norms = dict(zip(fqns, norms.sqrt().tolist(), strict=True))
-    binding.fingerprints = {fqn: tuple(row) for fqn, row in zip(fqns, prints.tolist(), strict=True)}
+    for fqn, (*prints, known, unchecked, pending) in zip(fqns, counts.tolist(), strict=True):
+        binding.fingerprints[fqn] = tuple(prints)
+        if pending:
+            binding.unverified.pending.add(fqn)
+        elif unchecked or not known:
+            binding.unverified.fresh.add(fqn)

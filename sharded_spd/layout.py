@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,9 +67,11 @@ class ShardLayout:
 
     A layer that is split along two mesh axes stands in two scopes, which are summed one after the other.
     `model_fqns` are all the model's names, also of what no optimizer holds; empty where no model was given.
+    `renamed` tells which layers had another name in the layout before this one.
     """
 
     fqns: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     scopes: Sequence[Scope]
     model_fqns: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)

@@ -17,9 +17,9 @@ from torch.distributed import ProcessGroup
 
 from sharded_spd.binding import Binding
 from sharded_spd.hostvec import HostVector
-from sharded_spd.layout import ShardSlice
+from sharded_spd.layout import BoundShard, ShardSlice
 from sharded_spd.rules import LayerInfo, Rule
-from sharded_spd.stats import DELTA_SQ, Statistic, all_reduce_, row_count
+from sharded_spd.stats import Statistic, all_reduce_, row_count
 
 Phase = Literal["before", "after"]
 Key = tuple[Phase, Statistic]
@@ -57,9 +57,10 @@ class RulePart:
 
 @dataclass(slots=True)
 class ScopeIndex:
-    """A scope's columns of the plan, and its rows of each rule part."""
+    """A scope's layers and columns of the plan, and its rows of each rule part."""
 
     group: ProcessGroup
+    fqns: tuple[str, ...]
     columns: Tensor
     rows: list[Tensor]
 
@@ -74,8 +75,8 @@ class Plan:
         self.parts = self._make_parts(binding)
         self.part_of = {fqn: (part, i) for part in self.parts for i, fqn in enumerate(part.fqns)}
         self.scopes = self._make_scopes(binding)
-        self.guarded = binding.fresh & set(self.fqns)
         self.vectors: defaultdict[str, HostVector] = defaultdict(lambda: HostVector(device))
+        self.pieces: dict[str, ShardSlice] = {}
         self.shard_states: dict[str, dict[str, Tensor]] = {}
         self.reports: dict[int, dict[str, Tensor]] = {}
 
@@ -113,35 +114,59 @@ class Plan:
                     if fqn in members
                 ]
                 rows.append((torch.cat(index) if index else torch.empty(0, dtype=torch.long)).to(self.device))
-            scopes.append(ScopeIndex(scope.group, torch.tensor(columns, device=self.device), rows))
+            fqns = tuple(self.fqns[i] for i in columns)
+            scopes.append(ScopeIndex(scope.group, fqns, torch.tensor(columns, device=self.device), rows))
         return scopes
 
-    def shard_state(self, piece: ShardSlice, weight: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """The rule's state of one slice, `[piece.numel]` each, zero at first; at least float32."""
-        if piece.layer not in self.shard_states:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            self.shard_states[piece.layer] = {name: torch.zeros_like(weight, dtype=dtype) for name in names}
-        return self.shard_states[piece.layer]
+    def prepare_shard_states(self, binding: Binding, shards: Sequence[BoundShard]) -> None:
+        """Make the rules' state of every slice, `[piece.numel]` each, zero at first; at least float32."""
+        for shard in shards:
+            for piece in shard.slices:
+                self.pieces[piece.layer] = piece
+                names = binding.options[piece.layer].rule.spec.shard_state
+                dtype = torch.promote_types(shard.tensor.dtype, torch.float32)
+                if names:
+                    zeros = [torch.zeros(piece.numel, dtype=dtype, device=shard.tensor.device) for _ in names]
+                    self.shard_states[piece.layer] = dict(zip(names, zeros, strict=True))
 
     def report(self, part: RulePart, s: Tensor, extra: dict[str, Tensor]) -> None:
         """Keep what this step found for a part's layers, on the device."""
         self.reports[self.parts.index(part)] = {"s": s, **extra}
 
     def keys(self, *, early: bool) -> list[Key]:
-        """The statistics of all parts for one reduction, each once; the guard's while it is armed."""
-        keys = [key for part in self.parts for key in part.keys(early=early)]
-        if self.guarded and not early:
-            keys.append(("before", DELTA_SQ))
-        return list(dict.fromkeys(keys))
+        """The statistics of all parts for one reduction, each once."""
+        return list(dict.fromkeys(key for part in self.parts for key in part.keys(early=early)))
 
-    def reduce_(self, table: Tensor, rows: list[tuple[int, Tensor]]) -> None:
-        """Sum `table` `[num_stats, num_layers]` and (part index, rows) buffers over every scope, in place."""
+    def reduce_(
+        self,
+        table: Tensor,
+        rows: list[tuple[int, Tensor]],
+        *,
+        guard: Tensor | None,
+        guarded: set[str],
+        asked: bool,
+    ) -> None:
+        """Sum over every scope (modified in place), one collective each.
+
+        Args:
+            table: `[num_stats, num_layers]`.
+            rows: statistics per row, each `[num_rows]` with the index of its part.
+            guard: the guard's rows `[4, num_layers]`; only scopes with a guarded layer send them.
+            guarded: layers that are still to be checked, the same on all ranks of their scopes.
+            asked: whether any rule asks for a statistic; else only scopes with a guarded layer reduce.
+        """
         for scope in self.scopes:
-            pieces = [table[:, scope.columns].reshape(-1)]
+            tables = [table]
+            if guard is not None and not guarded.isdisjoint(scope.fqns):
+                tables.append(guard)
+            if not asked and len(tables) == 1:
+                continue
+            pieces = [t[:, scope.columns].reshape(-1) for t in tables]
             pieces += [buffer[scope.rows[p]] for p, buffer in rows]
             payload = torch.cat(pieces)
             all_reduce_(payload, scope.group)
-            head, *tails = payload.split([piece.numel() for piece in pieces])
-            table[:, scope.columns] = head.view(table.shape[0], -1)
-            for (p, buffer), tail in zip(rows, tails, strict=True):
-                buffer[scope.rows[p]] = tail
+            sums = payload.split([piece.numel() for piece in pieces])
+            for t, part in zip(tables, sums, strict=False):
+                t[:, scope.columns] = part.view(t.shape[0], -1)
+            for (p, buffer), part in zip(rows, sums[len(tables) :], strict=True):
+                buffer[scope.rows[p]] = part

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -15,14 +14,14 @@ from sharded_spd import warn
 from sharded_spd.agree import agree
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind, flat
+from sharded_spd.carry import export_layers, move_layers, restore_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
-from sharded_spd.hostvec import LateScalar
-from sharded_spd.layout import BoundShard
+from sharded_spd.layout import BoundShard, ShardLayout
+from sharded_spd.monitor import Monitor, measure_deviation
 from sharded_spd.plan import Plan
-from sharded_spd.stats import CHUNK, all_reduce_, fixed_sum
+from sharded_spd.stats import all_reduce_
 from sharded_spd.step import Step
-from sharded_spd.telemetry import JsonLines, summarize
 
 
 class Projector:
@@ -48,11 +47,9 @@ class Projector:
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
         self._handles: list[RemovableHandle] = []
-        self._every = telemetry_every
-        self._log = JsonLines(telemetry_path) if telemetry_path and _is_rank_zero() else None
-        self._excess = LateScalar()
-        self._warned_excess = False
-        self.num_steps = 0
+        self._detached = False
+        self._failure: Exception | None = None
+        self._monitor = Monitor(telemetry_every, telemetry_path)
         if not deferred and adapter.layout() is not None:
             self.bind()
 
@@ -60,6 +57,11 @@ class Projector:
     def bound(self) -> bool:
         """Whether the anchors are bound."""
         return self._binding is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Engine steps in which something moved."""
+        return self._monitor.num_steps
 
     @property
     def attached(self) -> bool:
@@ -96,37 +98,68 @@ class Projector:
 
         Raises:
             AnchorError: where an anchor does not fit or cannot be read; on all ranks.
-            BindingError: where parameters still hold no values.
+            BindingError: where parameters still hold no values, or after `detach()`.
             ConfigError: for a pattern that matches nothing, or a path or pattern without names.
         """
+        if self._detached:
+            raise BindingError("this projector was detached and is not called any more; call attach() anew")
+        self._steps.clear()
+        try:
+            self._bind(model)
+        except Exception as error:
+            # The adapter may describe the new parameters and the binding the old ones: no step may use both.
+            self._failure = error if self._binding is not None else None
+            raise
+        self._failure = None
+
+    def _bind(self, model: Module | None) -> None:
         layout = self._adapter.layout(model)
         if layout is None:
             raise BindingError(
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
                 "model, load the pre-trained weights, and then call bind()"
             )
+        old, renamed = self._binding, layout.renamed
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
         groups = self._adapter.agreement_groups
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
         options = agree(lambda: self._resolve(layout, owners, self._adapter.named), groups)
-        saved = self.state_dict() if self._binding is not None else self._loaded
-        first = self._binding is None
-        held = self._binding.held if self._binding is not None else self._seed
-        self._binding = bind(shards, layout, options, held, groups)
-        self._seed = {}
-        self._plans.clear()
-        self._steps.clear()
+        held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
+        fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
+        binding = bind(shards, layout, options, held, fresh, groups)
+        agree(lambda: self._check_unchanged(binding, renamed), groups)
+        plans, self._binding, self._plans = list(self._plans.values()), binding, {}
         for optimizer in self._adapter.optimizers:
-            self._plan(self._adapter.bind(optimizer, grads=False))
-        self._restore(saved)
-        if first:
-            warn.about_binding(self._binding, shards)
+            self._plan(self._adapter.bind(optimizer, grads=False), plans, renamed)
+        if old is None:
+            self._restore(self._loaded)
+            self._loaded, self._seed = {}, {}
+            warn.about_binding(binding, shards)
 
-    def _plan(self, shards: Sequence[BoundShard]) -> Plan:
+    def _check_unchanged(self, binding: Binding, renamed: Mapping[str, str]) -> None:
+        if self._binding is None:
+            self._check_fingerprint(self._loaded, binding.fingerprint)
+            return
+        for fqn, before in self._binding.fingerprints.items():
+            name = renamed.get(fqn, fqn)
+            if binding.fingerprints.get(name, before) != before:
+                raise AnchorError(
+                    f"layer {name!r} was bound to another anchor before (fingerprint {before}, now "
+                    f"{binding.fingerprints[name]}): weights of a frozen layer, or the anchor's file, have "
+                    "changed since; anchor at an unchanged checkpoint's path"
+                )
+
+    def _plan(
+        self, shards: Sequence[BoundShard], old: Sequence[Plan] = (), renamed: Mapping[str, str] | None = None
+    ) -> Plan:
         fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
         if fqns not in self._plans:
+            binding = self._require()
             device = shards[0].tensor.device if shards else torch.device("cpu")
-            self._plans[fqns] = Plan(fqns, self._require(), device)
+            plan = Plan(fqns, binding, device)
+            plan.prepare_shard_states(binding, shards)
+            move_layers([*old, *self._plans.values()], [plan], binding.layout.shapes, renamed or {})
+            self._plans[fqns] = plan
         return self._plans[fqns]
 
     @torch.no_grad()
@@ -137,6 +170,8 @@ class Projector:
             BindingError: unbound with gradients, or a parameter that was swapped or added since `bind()`.
         """
         self._steps.pop(optimizer, None)
+        if self._failure is not None:
+            raise self._failure
         if self._binding is None:
             self._check_unbound(optimizer)
             return
@@ -148,40 +183,37 @@ class Projector:
         """Finish what `before_step` began: reduce, find s, pull; log where it is due.
 
         Raises:
-            AnchorError: at the first real step, where weights were loaded after the snapshot.
+            AnchorError: at the first real step, where weights were loaded after the snapshot; and at all
+            later ones.
+            BindingError: where the optimizer stepped without `before_step`: it never called its closure.
         """
         step = self._steps.pop(optimizer, None)
         if step is None:
+            if self._binding is not None:
+                raise BindingError(
+                    f"{type(optimizer).__name__} stepped without evaluating the closure that it was given; "
+                    "the projection needs a gradient: call step() without a closure, after backward()"
+                )
             return
-        step.finish()
-        if self._adapter.boundary(optimizer):
-            self.num_steps += 1
-            self._watch()
-            if self._every and self.num_steps % self._every == 0:
-                record = self.metrics()
-                if self._log is not None:
-                    self._log.write(record)
-
-    def _watch(self) -> None:
-        """Warn once of a pull beyond 1, some steps late rather than wait for the device."""
-        if self._warned_excess:
-            return
-        reports = [report["s"].max() for plan in self._plans.values() for report in plan.reports.values()]
-        if reports:
-            self._excess.post(torch.stack(reports).max())
-        excess = self._excess.take()
-        if excess is not None and excess > 1:
-            self._warned_excess = True
-            warn.about_excess(excess)
+        try:
+            step.finish()
+        except AnchorError as error:
+            self._failure = error
+            raise
+        if self._adapter.boundary(optimizer) and step.moves:
+            self._monitor.step(list(self._plans.values()), self._require().norms)
 
     def _check_unbound(self, optimizer: Optimizer) -> None:
         """An unbound step passes as the plain base where it moves nothing for lack of gradients."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        layout = self._adapter.layout()
+        layout: ShardLayout | None = self._adapter.layout()
         live = torch.zeros(1)
-        for param in params:
-            if param.grad is not None and bool(flat(getattr(param.grad, "_local_tensor", param.grad)).any()):
-                live.fill_(1)
+        for group in optimizer.param_groups:
+            for grad in (p.grad for p in group["params"]):
+                if grad is None:
+                    continue
+                local = getattr(grad, "_local_tensor", grad)
+                if local.layout != torch.strided or bool(flat(local).any()):
+                    live.fill_(1)
         for scope in layout.scopes if layout is not None else ():
             all_reduce_(live, scope.group)
         if bool(live):
@@ -191,103 +223,69 @@ class Projector:
                 "pre-trained weights"
             )
 
+    def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
+        """Own the handles of the hooks that call this projector, for `detach`."""
+        self._handles.extend(handles)
+
     def detach(self) -> None:
-        """Take the hooks off the optimizers: they are plain again. The anchors are freed."""
+        """Take the hooks off the optimizers, which are plain again, and free the anchors; no way back."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._steps.clear()
         self._plans.clear()
         self._binding = None
+        self._detached = True
 
     def metrics(self) -> dict[str, Any]:
         """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
 
         Waits for the device. Empty of layers before the first step.
         """
-        reports = [
-            (part.fqns, plan.reports[p])
-            for plan in self._plans.values()
-            for p, part in enumerate(plan.parts)
-            if p in plan.reports and part.rule.spec.anchored
-        ]
-        return {"step": self.num_steps, **summarize(reports, self._require().norms if self.bound else {})}
+        norms = self._binding.norms if self._binding is not None else {}
+        return self._monitor.metrics(list(self._plans.values()), norms)
 
-    @torch.no_grad()
     def deviation(self) -> dict[str, tuple[float, float]]:
         """|w - w0| and |w0| of every projected layer, now. Collective over the layout's scopes."""
-        binding = self._require()
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
-        pieces = {p.layer: (shard, p) for shard in shards for p in shard.slices if p.layer in binding.held}
-        fqns = [fqn for fqn in binding.layout.fqns if fqn in pieces]
-        sums = torch.zeros(len(fqns), dtype=torch.float64)
-        for i, fqn in enumerate(fqns):
-            shard, piece = pieces[fqn]
-            held = binding.held[fqn]
-            if held.pending:
-                continue
-            weight = flat(shard.tensor)[piece.offset : piece.offset + piece.numel]
-            for begin in range(0, weight.numel(), CHUNK):
-                delta = weight[begin : begin + CHUNK].double()
-                if held.values is not None:
-                    delta = delta - held.values[begin : begin + CHUNK].to(delta.device).double()
-                sums[i] += fixed_sum(delta * delta).to(sums.device)
-        column = {fqn: i for i, fqn in enumerate(fqns)}
-        for scope in binding.layout.scopes:
-            columns = [column[fqn] for fqn in scope.layers if fqn in column]
-            part = sums[columns]
-            all_reduce_(part, scope.group)
-            sums[columns] = part
-        return {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
+        return measure_deviation(self._require(), shards)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors."""
-        layers: dict[str, dict[str, Any]] = {}
-        for plan in self._plans.values():
-            for part in plan.parts:
-                for i, fqn in enumerate(part.fqns):
-                    own = {f"layer.{name}": values[i].clone() for name, values in part.state.items()}
-                    for name, values in plan.shard_states.get(fqn, {}).items():
-                        own[f"shard.{name}"] = self._adapter.export(fqn, values)
-                    if own:
-                        layers[fqn] = own
         fingerprint = self._binding.fingerprint if self._binding is not None else ""
+        layers = export_layers(self._plans.values(), self._adapter)
         return {"fingerprint": fingerprint, "num_steps": self.num_steps, "layers": layers}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore rule state; before `bind()` it is kept and restored there.
 
+        The state of a run that has stepped vouches for weights that are not at their snapshot.
+
         Raises:
             AnchorError: where the checkpoint was written with other anchors.
         """
-        saved, own = (
-            state_dict.get("fingerprint", ""),
-            self._binding.fingerprint if self._binding is not None else "",
-        )
-        if saved and own and saved != own:
+        if self._binding is None:
+            self._loaded = dict(state_dict)
+            return
+        self._check_fingerprint(state_dict, self._binding.fingerprint)
+        self._restore(state_dict)
+
+    @staticmethod
+    def _check_fingerprint(state_dict: Mapping[str, Any], own: str) -> None:
+        saved = state_dict.get("fingerprint", "")
+        if saved and saved != own:
             raise AnchorError(
                 f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another "
                 "pre-trained model, or weights loaded before the anchor was taken; bind the checkpoint's "
                 "anchor, then load"
             )
-        if self._binding is None:
-            self._loaded = dict(state_dict)
-        self._restore(state_dict)
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        self.num_steps = int(state_dict.get("num_steps", self.num_steps))
-        layers = state_dict.get("layers", {})
-        for plan in self._plans.values():
-            for part in plan.parts:
-                for i, fqn in enumerate(part.fqns):
-                    for key, value in layers.get(fqn, {}).items():
-                        kind, name = key.split(".", 1)
-                        if kind == "layer" and name in part.state:
-                            part.state[name][i] = value
-                        elif kind == "shard":
-                            local = self._adapter.restore(fqn, value)
-                            plan.shard_states.setdefault(fqn, {})[name] = local.to(plan.device, copy=True)
+        self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
+        if state_dict.get("num_steps", 0):
+            self._require().unverified.fresh.clear()
+        restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
 
     def export_anchors(self) -> dict[str, HeldAnchor]:
         """This rank's shards of the anchors, for a copy of the optimizer in another place."""
@@ -297,13 +295,5 @@ class Projector:
         """Bind with anchors that `export_anchors` gave, instead of taking new ones."""
         self._seed = dict(held)
         self._loaded = dict(state)
-        if held and self._adapter.layout() is not None:
+        if self._adapter.layout() is not None:
             self.bind()
-
-    def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
-        """Own the handles of the hooks that call this projector, for `detach`."""
-        self._handles.extend(handles)
-
-
-def _is_rank_zero() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

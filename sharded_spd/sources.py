@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sharded_spd.anchors import AnchorStore, FileAnchor, TensorAnchor, ZeroAnchor
 from sharded_spd.binding import LayerSettings
 from sharded_spd.config import AnchorConfig, SPDConfig
-from sharded_spd.errors import ConfigError
+from sharded_spd.errors import BindingError, ConfigError
 from sharded_spd.layout import ShardLayout
 from sharded_spd.options import resolve_layers
 from sharded_spd.rules import Rule, make_rule
@@ -32,6 +32,10 @@ def open_source(
         wanted = '"snapshot", "deferred", "zero", the path of a safetensors checkpoint, or an AnchorStore'
         raise ConfigError(f"got anchor {source!r}; wanted {wanted}")
     source = os.fspath(source)
+    if source == "pre":
+        raise ConfigError(
+            "got anchor 'pre', which only says that a group's anchors were given; give them as 'pre' again"
+        )
     if source in ("snapshot", "deferred"):
         return "snapshot"
     return ZeroAnchor() if source == "zero" else FileAnchor(source, dtype=dtype, missing=missing)
@@ -70,12 +74,17 @@ class GroupResolver:
     ) -> dict[str, LayerSettings]:
         """Each layer's settings; see `binding.Resolver`."""
         settings: dict[str, LayerSettings] = {}
+        if len(self._specs) != len(self._optimizer.param_groups):
+            raise BindingError(
+                f"the optimizer has {len(self._optimizer.param_groups)} param groups, but "
+                f"{len(self._specs)} were added through add_param_group; add and keep groups through it"
+            )
         for spec, group in zip(self._specs, self._optimizer.param_groups, strict=True):
             fqns = [fqn for fqn in layout.fqns if owners[fqn] is group]
             anchor = spec.anchor
             if spec.pre is not None:
                 anchor = TensorAnchor(dict(zip(fqns, spec.pre, strict=True)), source="pre")
-            elif isinstance(anchor, FileAnchor) and not named:
+            elif isinstance(anchor, FileAnchor) and not named and spec.rule.spec.anchored:
                 _refuse_unnamed(f"anchor {anchor.source}", layout)
             settings.update({fqn: LayerSettings(rule=spec.rule, anchor=anchor) for fqn in fqns})
         return settings

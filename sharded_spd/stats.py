@@ -176,12 +176,14 @@ def add_row_sums_(out: Tensor, terms: Tensor, spans: list[RowSpan], begin: int) 
             out[span.first_row + row : span.first_row + row + whole] += part
 
 
-def expand_rows(values: Tensor, spans: list[RowSpan]) -> Tensor:
-    """Each element's row value: `[num_rows of the layer]` -> `[numel of the slice]`."""
-    parts = [
-        values[s.first_row : s.first_row + s.num_rows, None].expand(s.num_rows, s.width).reshape(-1)
-        for s in spans
-    ]
+def expand_rows(values: Tensor, spans: list[RowSpan], begin: int, end: int) -> Tensor:
+    """The row value of each of the elements `[begin, end)` of a slice: `[num_rows]` -> `[end - begin]`."""
+    parts = []
+    for span in spans:
+        a, b = max(begin, span.offset), min(end, span.offset + span.num_rows * span.width)
+        if a < b:
+            local = torch.arange(a - span.offset, b - span.offset, device=values.device)
+            parts.append(values[local // span.width + span.first_row])
     return torch.cat(parts) if parts else values[:0]
 
 

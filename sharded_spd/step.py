@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_spd.binding import Binding, flat
-from sharded_spd.errors import AnchorError, ConfigError
+from sharded_spd.errors import ConfigError, UnsupportedError
+from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan, RulePart
 from sharded_spd.rules import Options, Stats
-from sharded_spd.stats import DELTA_SQ, expand_rows, row_spans
+from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
 from sharded_spd.sums import Item, Sums
 
-_HAS_GRAD, _FOUND_INF, _HAS_STATE = 0, 1, 2
+_HAS_GRAD, _FOUND_INF = 0, 1
 
 
 class Step:
@@ -30,9 +31,11 @@ class Step:
     ) -> None:
         self._plan = plan
         self._binding = binding
-        self._flags = torch.zeros(
-            3 if plan.guarded else 2, len(plan.fqns), dtype=torch.float64, device=plan.device
-        )
+        self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
+        self._guarded = binding.unverified.among(plan.fqns)
+        self._guard: Tensor | None = None
+        if self._guarded:
+            self._guard = torch.zeros(4, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._read_scalars(optimizer, shards)
         self._items = self._make_items(optimizer, shards)
         self._edited: dict[int, tuple[Stats, dict[str, Tensor]]] = {}
@@ -40,37 +43,47 @@ class Step:
         self._sums = Sums(plan, plan.keys(early=False))
         for item in self._items:
             wanted = [s for phase, s in item.part.keys(early=False) if phase == "before"]
-            if item.piece.layer in plan.guarded and DELTA_SQ not in wanted:
-                wanted.append(DELTA_SQ)
             if wanted:
                 self._sums.add("before", item, wanted)
             if item.part.rule.spec.keeps_w:
                 item.kept = flat(item.shard.tensor)[item.cut].clone()
         for p, part in enumerate(plan.parts):
             if part.rule.spec.when == "before":
-                self._project(
-                    p, part, self._edited[p][0] if p in self._edited else self._no_stats(part), self._flags
-                )
+                stats = self._edited[p][0] if p in self._edited else self._no_stats(part)
+                self._project(p, part, stats, self._flags)
+
+    @property
+    def moves(self) -> bool:
+        """Whether any layer has a gradient and a learning rate, as far as the host can tell."""
+        return self._moves
 
     def finish(self) -> None:
         """Reduce, find s, pull.
 
         Raises:
-            AnchorError: on all ranks alike, at the first real step, where weights were loaded after the
-            snapshot.
+            AnchorError: on all ranks alike, where a layer had left its anchor before its first step.
         """
         for item in self._items:
             wanted = [s for phase, s in item.part.keys(early=False) if phase == "after"]
             if wanted:
                 self._sums.add("after", item, wanted)
-        self._sums.reduce(self._flags)
-        if self._plan.guarded:
-            self._check_guard()
+        self._sums.reduce(self._flags, guard=self._guard, guarded=self._guarded)
+        if self._guard is not None:
+            self._settle(self._guard)
         for p, part in enumerate(self._plan.parts):
             if part.rule.spec.when == "after" and part.rule.spec.pulls:
                 earlier = self._edited[p][0] if p in self._edited else None
                 stats = self._sums.stats(part, part.keys(early=False), earlier)
                 self._project(p, part, stats, self._sums.flags)
+
+    def _settle(self, guard: Tensor) -> None:
+        if self._guarded.isdisjoint(self._with_grad):
+            return  # nothing to decide, so the host need not wait
+        has_grad, found_inf = self._sums.flags
+        scopes = [scope.fqns for scope in self._plan.scopes]
+        self._binding.unverified.settle(
+            self._plan.fqns, scopes, guard, has_grad=has_grad, found_inf=found_inf, lr=self._lr
+        )
 
     def _read_scalars(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> None:
         plan, options = self._plan, self._binding.options
@@ -80,16 +93,15 @@ class Step:
             group = shard.param_group
             for piece in shard.slices:
                 i, own = plan.column[piece.layer], options[piece.layer]
-                lr[i] = group["lr"]
+                lr[i] = group.get("lr")
                 decay[i] = group["weight_decay"] if own.weight_decay is None else own.weight_decay
-                if not isinstance(decay[i], Tensor) and not decay[i] >= 0:
-                    raise ConfigError(
-                        f"layer {piece.layer!r}: got weight_decay {decay[i]}; wanted lambda >= 0"
-                    )
                 pull = group.get("max_pull") if own.max_pull is None else own.max_pull
                 limit[i] = float("inf") if pull is None else pull
                 has_grad[i] = float(shard.grad is not None)
                 has_state[i] = float(shard.has_state)
+                _check_scalars(piece.layer, lr[i], decay[i], limit[i])
+        self._with_grad = {fqn for fqn, g in zip(plan.fqns, has_grad, strict=True) if g}
+        self._moves = any(g and (isinstance(x, Tensor) or x != 0) for g, x in zip(has_grad, lr, strict=True))
         self._lr = plan.vectors["lr"].update(lr)
         self._weight_decay = plan.vectors["weight_decay"].update(decay)
         self._max_pull = plan.vectors["max_pull"].update(limit)
@@ -97,8 +109,8 @@ class Step:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             self._flags[_FOUND_INF] = found_inf.to(plan.device, non_blocking=True)
-        if plan.guarded:
-            self._flags[_HAS_STATE] = plan.vectors["has_state"].update(has_state)
+        if self._guard is not None:
+            self._guard[HAS_STATE] = plan.vectors["has_state"].update(has_state)
 
     def _make_items(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> list[Item]:
         grad_scale = getattr(optimizer, "grad_scale", None)
@@ -117,13 +129,23 @@ class Step:
                 item = Item(shard, piece, part, index, column, factor, None, [], {})
                 weight = flat(shard.tensor)[item.cut]
                 if spec.anchored:
-                    item.anchor = self._binding.anchor(piece, weight)
+                    item.anchor, moved = self._binding.take(piece, weight)
+                    if self._guard is not None and piece.layer in self._guarded:
+                        self._watch(self._guard, item, moved)
                 if spec.granularity == "row" or part.has_row_stats:
                     item.spans = row_spans(piece, self._binding.layout.shapes[piece.layer])
-                if spec.shard_state:
-                    item.state = self._plan.shard_state(piece, weight, spec.shard_state)
+                item.state = self._plan.shard_states.get(piece.layer, {})
                 items.append(item)
         return items
+
+    @staticmethod
+    def _watch(guard: Tensor, item: Item, moved: bool) -> None:
+        """Add one slice to the guard's rows."""
+        for row, value in zip(
+            (DELTA, DOT), layer_sums((b for _, b in item.blocks(grads=True)), GUARD_STATISTICS), strict=True
+        ):
+            guard[row, item.column] += value.to(guard.device)
+        guard[MOVED, item.column] += float(moved)
 
     def _early(self) -> None:
         """Reduce what is needed ahead of the base step, and let the rules that edit gradients do so."""
@@ -133,7 +155,7 @@ class Step:
         for item in self._items:
             if item.part.early:
                 sums.add("before", item, item.part.rule.spec.before)
-        sums.reduce(self._flags[:2])
+        sums.reduce(self._flags)
         for p, part in enumerate(self._plan.parts):
             if not part.early:
                 continue
@@ -187,19 +209,18 @@ class Step:
             s = rule.shrink(stats, state, options)
         by_row = rule.spec.granularity == "row"
         may, most = (stats.to_rows(active), stats.to_rows(limit)) if by_row else (active, limit)
-        s = torch.minimum(torch.where(may & torch.isfinite(s), s, 0.0), most)
+        s = torch.where(may & torch.isfinite(s), torch.minimum(s, most), 0.0)
         part.state = {name: torch.where(active, state[name], old) for name, old in part.state.items()}
         for item in self._items:
             if item.part is part:
                 self._pull(item, stats, s, options, active, limit)
-        per_layer = stats.over_rows(s, "max") if by_row else s
+        per_layer = stats.over_rows(s, "max").clamp(min=0.0) if by_row else s
         self._plan.report(part, per_layer, self._report(part, stats, per_layer, flags))
 
     def _pull(
         self, item: Item, stats: Stats, s: Tensor, options: Options, active: Tensor, limit: Tensor
     ) -> None:
         i, rule = item.index, item.part.rule
-        rows = item.part.row_ranges[i]
         tensor = item.shard.tensor
         weights = flat(tensor)
         if item.state:
@@ -212,9 +233,11 @@ class Step:
                 each = rule.shrink_elements(block, options.lr[i], options.weight_decay[i])
                 each = torch.where(active[i] & torch.isfinite(each), each, 0.0).clamp(max=limit[i])
                 pull_(weights[item.cut][cut], block.anchor, each)
+        elif rule.spec.granularity == "row":
+            for cut, block in item.blocks(grads=False):
+                pull_(weights[item.cut][cut], block.anchor, _to_elements(s, item=item, cut=cut))
         else:
-            own = expand_rows(s[rows], item.spans) if rule.spec.granularity == "row" else s[i]
-            pull_(weights[item.cut], item.anchor, own)
+            pull_(weights[item.cut], item.anchor, s[i])
         if not tensor.is_contiguous():
             tensor.copy_(weights.view(tensor.shape))
 
@@ -222,28 +245,25 @@ class Step:
         stepped = (flags[_HAS_GRAD] > 0)[part.columns]
         report = {"nonfinite": stepped & ~self._finite(stats, part), **part.rule.telemetry(stats, s)}
         if DELTA_SQ in stats.after and part.rule.spec.granularity == "layer":
-            report["deviation"] = stats.after[DELTA_SQ].sqrt() * (1 - s).abs()
+            now = stats.after[DELTA_SQ].sqrt() * (1 - s).abs()
+            report["deviation"] = torch.where(stepped, now, torch.nan)
         return report
 
-    def _check_guard(self) -> None:
-        """The only read on the host in a step: once, at the first real step after a snapshot."""
-        plan, flags = self._plan, self._sums.flags
-        real = (flags[_HAS_GRAD] > 0) & (flags[_FOUND_INF] == 0) & (self._lr != 0)
-        moved = real & (flags[_HAS_STATE] == 0) & (self._sums.row(("before", DELTA_SQ)) > 0)
-        names = [
-            fqn for fqn, bad in zip(plan.fqns, moved.tolist(), strict=True) if bad and fqn in plan.guarded
-        ]
-        if names:
-            raise AnchorError(
-                f"{len(names)} layer(s) had left their anchor before the first step, {names[0]!r} for one: "
-                "weights were loaded after the snapshot was taken; load the pre-trained weights first and "
-                "then build the optimizer, or use anchor='deferred' and call bind() after loading, or "
-                "anchor at a checkpoint's path"
-            )
-        if bool(real.any()):
-            plan.guarded = set()
+
+def _check_scalars(fqn: str, lr: Any, weight_decay: Any, max_pull: Any) -> None:
+    if lr is None:
+        raise UnsupportedError(
+            f"layer {fqn!r}: its param group has no 'lr'; wanted a learning rate: give the base optimizer "
+            "one (for Adafactor: relative_step=False)"
+        )
+    if not isinstance(weight_decay, Tensor) and not weight_decay >= 0:
+        raise ConfigError(f"layer {fqn!r}: got weight_decay {weight_decay}; wanted lambda >= 0")
+    if not isinstance(max_pull, Tensor) and not max_pull > 0:
+        raise ConfigError(
+            f"layer {fqn!r}: got max_pull {max_pull}; wanted a number > 0, or None for no limit"
+        )
 
 
 def _to_elements(per_row: Tensor, *, item: Item, cut: slice) -> Tensor:
     """A rule's values per row at each element of one chunk of a slice."""
-    return expand_rows(per_row[item.part.row_ranges[item.index]], item.spans)[cut]
+    return expand_rows(per_row[item.part.row_ranges[item.index]], item.spans, cut.start, cut.stop)

@@ -88,14 +88,19 @@ class Sums:
             value = value.to(self._plan.device)
             self._cells[cell] = self._cells[cell] + value if cell in self._cells else value
 
-    def reduce(self, flags: Tensor) -> None:
-        """Sum flags, statistics and rows over all scopes; without any statistic no collective runs."""
+    def reduce(self, flags: Tensor, *, guard: Tensor | None = None, guarded: set[str] | None = None) -> None:
+        """Sum flags, statistics, rows and guard over all scopes; no collective runs where none is asked for.
+
+        `guard` is modified in place.
+        """
         plan, num_flags = self._plan, flags.shape[0]
         zero = torch.zeros((), dtype=torch.float64, device=plan.device)
         cells = [self._cells.get((key, i), zero) for key in self._layer_keys for i in range(len(plan.fqns))]
-        table = torch.cat([flags, torch.stack(cells).view(-1, len(plan.fqns))]) if cells else flags.clone()
-        if cells or self._rows:
-            plan.reduce_(table, [(p, buffer) for (p, _), buffer in self._rows.items()])
+        sums = torch.stack(cells).view(-1, len(plan.fqns)) if cells else flags[:0]
+        table = torch.cat([flags, sums])
+        rows = [(p, buffer) for (p, _), buffer in self._rows.items()]
+        asked = bool(cells or rows)
+        plan.reduce_(table, rows, guard=guard, guarded=guarded or set(), asked=asked)
         self.flags, self._table = table[:num_flags], table[num_flags:]
 
     def row(self, key: Key) -> Tensor:

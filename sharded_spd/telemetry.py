@@ -34,6 +34,8 @@ def summarize(
                 layers.setdefault(fqn, {})[name] = next(numbers)
     nonfinite = [fqn for fqn, own in layers.items() if own.pop("nonfinite", 0.0)]
     for fqn, own in layers.items():
+        if math.isnan(own.get("deviation", 0.0)):  # it did not step
+            del own["deviation"]
         if "deviation" in own and norms.get(fqn, 0.0) > 0:
             own["deviation_rel"] = own["deviation"] / norms[fqn]
     pulls = [own["s"] for own in layers.values()]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sharded_spd.errors import AnchorError
-from sharded_spd.layout import FlatRange, ShardSlice
+from sharded_spd.layout import Box, FlatRange, ShardSlice
 
 
 class ZeroAnchor:
@@ -56,12 +56,12 @@ class TensorAnchor:
         if tensor is None:
             return None
         if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            if local.numel() != piece.numel:
+            local, (box,) = tensor.to_local(), tensor.__create_chunk_list__()
+            if piece.region != Box(tuple(box.offsets), tuple(box.sizes)):
                 raise AnchorError(
-                    f"layer {piece.layer!r}: the anchor is a DTensor with {local.numel()} elements on this "
-                    f"rank ({tensor.placements}), the layer has {piece.numel}; distribute the anchor as the "
-                    "layer is, or give the whole tensor"
+                    f"layer {piece.layer!r}: the anchor is a DTensor with placements {tensor.placements}, "
+                    f"which give this rank another part than it has of the layer ({piece.region}); "
+                    "distribute the anchor as the layer is, or give the whole tensor"
                 )
             return local.detach().reshape(-1).clone()
         tensor = tensor.detach()

@@ -37,6 +37,13 @@ def shard_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
                 yield mesh.get_group(axis)
 
 
+def mesh_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
+    """The groups of all axes of the tensor's mesh."""
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        yield from (mesh.get_group(axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1)
+
+
 def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
     """The slice that `tensor` holds of layer `fqn` on this rank.
 

@@ -5,7 +5,8 @@ Plain tensors and DTensors, on any meshes, may mix in one optimizer: each parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sharded_spd.engines.base import made_up_name
-from sharded_spd.engines.dtensor import aligned_grad, as_dtensor, local_tensor, shard_groups, whole_slice
+from sharded_spd.engines.dtensor import (
+    aligned_grad,
+    as_dtensor,
+    local_tensor,
+    mesh_groups,
+    shard_groups,
+    whole_slice,
+)
 from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
@@ -34,13 +42,17 @@ class ParameterAdapter:
         self._model_fqns: tuple[str, ...] = ()
         self._slices: dict[Tensor, ShardSlice] = {}
         self._params: dict[str, Tensor] = {}
-        self._scopes: list[Scope] = []
+        self._groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self._stepped: set[Optimizer] = set()
         self._ddp_group: ProcessGroup | None = None
+        self._model: Callable[[], Module | None] = lambda: None
         self._learn_names(model)
 
     def _learn_names(self, model: Module | None) -> None:
+        model = self._model() if model is None else model
         if model is None:
             return
+        self._model = weakref.ref(model)
         if isinstance(model, DistributedDataParallel):
             self._ddp_group = model.process_group
         # An FSDP2 root stays unsharded after a forward without backward; its named parameters are then not
@@ -57,9 +69,8 @@ class ParameterAdapter:
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
-        """The groups that shard some layer, and DDP's."""
-        groups = [scope.group for scope in self._scopes]
-        return [*groups, self._ddp_group] if self._ddp_group is not None else groups
+        """The groups of all axes of the layers' meshes, replicated ones too, and DDP's."""
+        return [*self._groups.values(), *([self._ddp_group] if self._ddp_group is not None else [])]
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
@@ -72,7 +83,8 @@ class ParameterAdapter:
         slices: dict[Tensor, ShardSlice] = {}
         params: dict[str, Tensor] = {}
         scopes: dict[tuple[int, ...], tuple[ProcessGroup, list[str]]] = {}
-        self.named = True
+        groups: dict[tuple[int, ...], ProcessGroup] = {}
+        named = True
         for fqn, param, own_name in self._walk():
             if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
                 return None
@@ -88,21 +100,24 @@ class ParameterAdapter:
                 raise BindingError(
                     f"two parameters are named {fqn!r}; wanted one name each: pass model.named_parameters()"
                 )
-            self.named = self.named and own_name
+            named = named and own_name
             slices[param], params[fqn] = whole_slice(fqn, param), param
             for group in shard_groups(param):
                 # By ranks, for equal meshes made twice have groups of their own: one reduction serves them.
                 ranks = tuple(dist.get_process_group_ranks(group))
                 scopes.setdefault(ranks, (group, []))[1].append(fqn)
-        self._slices, self._params = slices, params
-        self._scopes = [Scope(group, tuple(layers)) for group, layers in scopes.values()]
+            for group in mesh_groups(param):
+                groups.setdefault(tuple(dist.get_process_group_ranks(group)), group)
         if self.names and not any(param in self.names for param in params.values()):
             raise BindingError(
                 f"the model given has none of the optimizer's {len(params)} parameters; pass the model that "
                 "they were taken from, as it was then wrapped or sharded"
             )
+        renamed = {self._slices[p].layer: fqn for fqn, p in params.items() if p in self._slices}
+        self._slices, self._params, self._groups, self.named = slices, params, groups, named
         shapes = {fqn: tuple(p.shape) for fqn, p in params.items()}
-        return ShardLayout(tuple(params), shapes, tuple(self._scopes), self._model_fqns)
+        whole = tuple(Scope(group, tuple(layers)) for group, layers in scopes.values())
+        return ShardLayout(tuple(params), shapes, whole, self._model_fqns, renamed)
 
     def _walk(self) -> Iterator[tuple[str, Tensor, bool]]:
         several = len(self.optimizers) > 1
@@ -165,8 +180,15 @@ class ParameterAdapter:
         )
 
     def boundary(self, optimizer: Optimizer) -> bool:
-        """True at the last of the optimizers: those of one model are stepped in turn."""
-        return optimizer is self.optimizers[-1]
+        """True once all optimizers have stepped, and when one steps again before the others have."""
+        again = optimizer in self._stepped
+        self._stepped.add(optimizer)
+        if again:
+            self._stepped = {optimizer}
+        elif len(self._stepped) == len(self.optimizers):
+            self._stepped = set()
+            return True
+        return again
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
         """A DTensor like the parameter, or the plain tensor in the parameter's shape."""

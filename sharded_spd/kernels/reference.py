@@ -21,7 +21,7 @@ def _pull_chunk(weight: Tensor, anchor: Tensor | None, s: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pull_(weight: Tensor, anchor: Tensor | None, s: Tensor) -> None:
-    """w <- w - s * (w - w0) (modified in place); where s is 0 the bits stay.
+    """w <- w - s * (w - w0) (modified in place); where s is 0, or the result not finite, the bits stay.
 
     Args:
         weight: 1-D, the slice.
@@ -36,4 +36,5 @@ def pull_(weight: Tensor, anchor: Tensor | None, s: Tensor) -> None:
         part = weight[begin:end]
         s_part = s if s.dim() == 0 else s[begin:end]
         pulled = _pull_chunk(part, None if anchor is None else anchor[begin:end], s_part)
-        part.copy_(pulled if on_host else torch.where(s_part != 0, pulled, part))
+        # An infinite weight has no way back: lerp makes it NaN.
+        part.copy_(torch.where((s_part != 0) & torch.isfinite(pulled), pulled, part))
