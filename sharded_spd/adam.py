@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ class AdamSPD(Adam):
             except Exception:  # the group is taken out again, so that the optimizer can go on without it
                 self.param_groups.pop()
                 self._specs.pop()
-                self.projector.bind()
+                with suppress(AnchorError, BindingError):  # then steps raise, until a bind() succeeds
+                    self.projector.bind()
                 raise
 
     def _with_names(self, params: list[Any]) -> list[Any]:

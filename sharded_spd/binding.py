@@ -152,7 +152,7 @@ def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> 
             by_store.setdefault(id(layer.anchor), (layer.anchor, {}))[1][fqn] = layout.shapes[fqn]
     problems = []
     for store, shapes in by_store.values():
-        problems += [f"{store.source}: {problem}" for problem in store.problems(shapes)]
+        problems += store.problems(shapes)
         if not problems and isinstance(store, FileAnchor):
             problems += store.strays(layout.model_fqns)
     if problems:

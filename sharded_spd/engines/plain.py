@@ -127,7 +127,8 @@ class ParameterAdapter:
             cleaned = dict(zip(own, clean_fqns(own), strict=True))
             for g, group in enumerate(optimizer.param_groups):
                 for i, param in enumerate(group["params"]):
-                    given = cleaned[group["param_names"][i]] if "param_names" in group else None
+                    names = group.get("param_names", ())
+                    given = cleaned[names[i]] if i < len(names) else None
                     name = self.names.get(param, given)
                     yield prefix + made_up_name(g, i) if name is None else name, param, name is not None
 

@@ -205,3 +205,34 @@ def more_ranks_than_rows(engine: Engine, *, form: Form) -> None:
         pulled += sum(stats.s > 0 for stats in oracle.step(grads).values())
         assert_float64_parity(training.weights(), oracle.weights)
     assert pulled >= 3
+
+
+def thawed_between_bindings(engine: Engine, *, form: Form) -> None:
+    """A frozen layer with fewer rows than ranks steps, and everything is bound anew: no rank checks alone."""
+    start = tensors()
+    training = Training(engine, start, SPD, form=form, frozen=("row.weight", "one"))
+    oracle, grads = Oracle(start, start, SPD), gradients(start, 6)
+    for t, given in enumerate(grads):
+        if t == 2:
+            for name in ("row.weight", "one"):
+                training.params[name].requires_grad_(True)
+        if t in (1, 3):
+            training.projector.bind()
+        now = {name: g for name, g in given.items() if t >= 2 or name not in ("row.weight", "one")}
+        training.step(now)
+        oracle.step(now)
+        assert_float64_parity(training.weights(), oracle.weights, label=f"step {t}:")
+
+
+def frozen_layer_loaded_on_one_rank(engine: Engine, *, form: Form) -> None:
+    """A snapshot of a frozen layer is lost where its weight was loaded since, be it on one rank only."""
+    start = tensors()
+    training = Training(engine, start, SPD, form=form, frozen=("block.attn.weight",))
+    layer = training.params["block.attn.weight"]
+    with torch.no_grad():
+        local = layer.to_local() if isinstance(layer, DTensor) else layer
+        if engine.rank == 0:
+            local.add_(1.0)
+    layer.requires_grad_(True)
+    training.backward(gradients(start, 1)[0])
+    refused(engine, training.optimizer.step, (ValueError,), "frozen", r"block\.attn\.weight")

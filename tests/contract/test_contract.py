@@ -42,6 +42,9 @@ def _all() -> Iterator[Task]:
         yield from _tasks(ENGINES, function)
     for function in (cases.loaded_after_snapshot, cases.nan_on_one_rank):
         yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("hsdp", 4)), function, FORMS)
+    yield from _tasks((("hsdp", 4), ("fsdp2_tp", 4)), cases.file_missing_on_one_rank, FORMS)
+    for function in (cases.thawed_between_bindings, cases.frozen_layer_loaded_on_one_rank):
+        yield from _tasks((*SHARDED, ("fsdp2_tp", 4)), function, FORMS)
     yield from _tasks((("fsdp2", 4),), cases.more_ranks_than_rows, FORMS)
     for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         yield from _tasks(

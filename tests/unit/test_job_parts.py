@@ -1,6 +1,9 @@
 """Parts of the job that need no training: splits, batches, choosing, figures, names in checkpoints."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +160,16 @@ def test_cached_checkpoint_changes_with_its_recipe() -> None:
         place(ranks=1),
     ]
     assert len({place(), *others}) == 5
+
+
+def test_command_without_its_extra_names_it(tmp_path: Path) -> None:
+    """A module that shadows typer and is not there stands for an installation of the core alone."""
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('no typer', name='typer')\n")
+    code = "from sharded_spd.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "pip install 'sharded_spd[job]'" in done.stderr
+    assert "Traceback" not in done.stderr
