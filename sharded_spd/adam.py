@@ -136,6 +136,8 @@ class AdamSPD(Adam):
             )
         _check_scalars({**self.defaults, **group})
         rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
+        # Equal rules are one: the projector settles all layers of an instance at once.
+        rule = next((s.rule for s in self._specs if s.rule == rule), rule)
         spec = GroupSpec(rule, open_source("snapshot" if pre is not None else source), pre)
         group["rule"], group["anchor"] = rule.name, "pre" if pre is not None else source_name(source)
         super().add_param_group(group)

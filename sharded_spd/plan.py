@@ -25,7 +25,7 @@ Phase = Literal["before", "after"]
 Key = tuple[Phase, Statistic]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RulePart:
     """The layers of a plan that one rule governs: their columns, and their rows one after the other."""
 
