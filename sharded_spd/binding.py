@@ -15,12 +15,12 @@ from sharded_spd.agree import agree
 from sharded_spd.anchors.base import AnchorStore
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
-from sharded_spd.anchors.memory import TensorAnchor
+from sharded_spd.anchors.memory import TensorAnchor, take_region
 from sharded_spd.errors import AnchorError
 from sharded_spd.guard import Unverified
-from sharded_spd.layout import BoundShard, Box, ShardLayout, ShardSlice
+from sharded_spd.layout import BoundShard, ShardLayout, ShardSlice
 from sharded_spd.rules import Rule
-from sharded_spd.stats import CHUNK, all_reduce_, fixed_sum
+from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +136,7 @@ def cut(values: Tensor, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ..
             f"({old.region}, now {piece.region}); build the optimizer with anchor='deferred' and call "
             "bind() after sharding, or anchor at a checkpoint's path"
         )
-    values = values.view(shape)
-    if isinstance(piece.region, Box):
-        values = values[
-            tuple(slice(o, o + n) for o, n in zip(piece.region.offsets, piece.region.sizes, strict=True))
-        ]
-        return values.reshape(-1).clone()
-    return values.reshape(-1)[piece.region.start : piece.region.start + piece.numel].clone()
+    return take_region(values.view(shape), piece)
 
 
 def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> None:
@@ -275,17 +269,12 @@ def _norm_sq(values: Tensor | None) -> Tensor:
 def _reduce(binding: Binding, totals: Mapping[str, _Totals]) -> None:
     """Sum over the scopes: norms, fingerprints, and what no rank may decide by itself."""
     fqns = [fqn for fqn in binding.layout.fqns if fqn in totals]
-    column = {fqn: i for i, fqn in enumerate(fqns)}
     norms = torch.zeros(len(fqns), dtype=torch.float64)
     counts = torch.zeros(len(fqns), len(SEEDS) + 3, dtype=torch.int64)
-    for fqn, i in column.items():
+    for i, fqn in enumerate(fqns):
         norms[i], counts[i] = totals[fqn]
-    for scope in binding.layout.scopes:
-        columns = [column[fqn] for fqn in scope.layers if fqn in column]
-        for whole in (norms, counts):
-            part = whole[columns]
-            all_reduce_(part, scope.group)
-            whole[columns] = part
+    for whole in (norms, counts):
+        sum_over_scopes_(whole, fqns, binding.layout.scopes)
     binding.norms = dict(zip(fqns, norms.sqrt().tolist(), strict=True))
     for fqn, (*prints, known, unchecked, pending) in zip(fqns, counts.tolist(), strict=True):
         binding.fingerprints[fqn] = tuple(prints)

@@ -13,7 +13,7 @@ from sharded_spd.binding import Binding, flat
 from sharded_spd.hostvec import LateScalar
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan
-from sharded_spd.stats import CHUNK, all_reduce_, fixed_sum
+from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
 from sharded_spd.telemetry import JsonLines, summarize
 
 
@@ -83,10 +83,5 @@ def measure_deviation(binding: Binding, shards: Sequence[BoundShard]) -> dict[st
             if held.values is not None:
                 delta = delta - held.values[begin : begin + CHUNK].to(delta.device).double()
             sums[i] += fixed_sum(delta * delta).to(sums.device)
-    column = {fqn: i for i, fqn in enumerate(fqns)}
-    for scope in binding.layout.scopes:
-        columns = [column[fqn] for fqn in scope.layers if fqn in column]
-        part = sums[columns]
-        all_reduce_(part, scope.group)
-        sums[columns] = part
+    sum_over_scopes_(sums, fqns, binding.layout.scopes)
     return {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}

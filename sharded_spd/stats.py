@@ -6,7 +6,7 @@ beyond rounding at 1e-14, on how a layer is split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sharded_spd.layout import Box, ShardSlice
+from sharded_spd.layout import Box, Scope, ShardSlice
 
 CHUNK = 1 << 16
 """Elements that are worked on at a time: bounds the float64 temporaries to 512 KiB each."""
@@ -185,6 +185,16 @@ def expand_rows(values: Tensor, spans: list[RowSpan], begin: int, end: int) -> T
             local = torch.arange(a - span.offset, b - span.offset, device=values.device)
             parts.append(values[local // span.width + span.first_row])
     return torch.cat(parts) if parts else values[:0]
+
+
+def sum_over_scopes_(per_layer: Tensor, fqns: Sequence[str], scopes: Sequence[Scope]) -> None:
+    """Sum `per_layer` `[num_layers, ...]` over its scopes, one after the other (modified in place)."""
+    column = {fqn: i for i, fqn in enumerate(fqns)}
+    for scope in scopes:
+        columns = [column[fqn] for fqn in scope.layers if fqn in column]
+        part = per_layer[columns]
+        all_reduce_(part, scope.group)
+        per_layer[columns] = part
 
 
 def all_reduce_(payload: Tensor, group: ProcessGroup) -> None:

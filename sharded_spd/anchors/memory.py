@@ -64,8 +64,12 @@ class TensorAnchor:
                     "distribute the anchor as the layer is, or give the whole tensor"
                 )
             return local.detach().reshape(-1).clone()
-        tensor = tensor.detach()
-        if isinstance(piece.region, FlatRange):
-            return tensor.reshape(-1)[piece.region.start : piece.region.start + piece.numel].clone()
-        box = tuple(slice(o, o + n) for o, n in zip(piece.region.offsets, piece.region.sizes, strict=True))
-        return tensor[box].reshape(-1).clone()
+        return take_region(tensor.detach(), piece)
+
+
+def take_region(whole: Tensor, piece: ShardSlice) -> Tensor:
+    """A copy of what `piece` holds of a whole layer, `[piece.numel]`."""
+    if isinstance(piece.region, FlatRange):
+        return whole.reshape(-1)[piece.region.start : piece.region.start + piece.numel].clone()
+    box = tuple(slice(o, o + n) for o, n in zip(piece.region.offsets, piece.region.sizes, strict=True))
+    return whole[box].reshape(-1).clone()
