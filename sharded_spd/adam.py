@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.adam import Adam, adam
 
+from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.projector import Projector
@@ -74,6 +75,7 @@ class AdamSPD(Adam):
         # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
         adapter = ParameterAdapter([self], model)
         self._model_names = dict(adapter.names)
+        self._adapter = adapter
         super().__init__(
             params,
             lr,
@@ -103,6 +105,19 @@ class AdamSPD(Adam):
         if first:  # a checkpoint may have been loaded before
             self._check_fingerprints(self.param_groups)
         self._after_bind()
+
+    def move_to(self, adapter: EngineAdapter, *, together: bool = False) -> Projector:
+        """Project what an engine made of the parameters; bound anchors move along, cut to its shards.
+
+        Called by `attach(engine)`.
+        """
+        names = {fqn: adapter.names.get(param, fqn) for fqn, param in self._adapter.params.items()}
+        held = {names[fqn]: anchor for fqn, anchor in self.projector.export_anchors().items()}
+        projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True, together=together)
+        self._projector = projector
+        projector.adopt(held, {})
+        self._after_bind()
+        return projector
 
     def _after_bind(self) -> None:
         if not self.projector.bound:
@@ -255,7 +270,7 @@ class AdamSPD(Adam):
             group.setdefault("max_pull", None)
         if copied:
             self._model_names = {}
-            adapter = ParameterAdapter([self])
+            self._adapter = adapter = ParameterAdapter([self])
             self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True)
             if held is not None:
                 self._projector.adopt(*held)

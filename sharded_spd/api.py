@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from sharded_spd.adam import AdamSPD
-from sharded_spd.config import SPDConfig
+from sharded_spd.config import SPDConfig, load_config
+from sharded_spd.engines.base import EngineAdapter
+from sharded_spd.engines.deepspeed import deepspeed_adapter, is_deepspeed_engine, json_block
 from sharded_spd.engines.plain import ParameterAdapter
-from sharded_spd.errors import UnsupportedError
+from sharded_spd.errors import ConfigError, UnsupportedError
 from sharded_spd.projector import Projector
 from sharded_spd.sources import ConfigResolver
 
@@ -31,10 +34,11 @@ def attach(
     is wrapped: the statistics are taken when it returns.
 
     Args:
-        target: an optimizer, a sequence of optimizers over one model, or a wrapper around one (accelerate,
-            Lightning).
-        model: gives the parameters their names, which patterns and checkpoints need.
-        config: the settings; by default SPD with lambda 1 and a snapshot of the weights as they are now.
+        target: an optimizer, a sequence of optimizers over one model, a wrapper around one (accelerate,
+            Lightning), or a DeepSpeed engine, after `deepspeed.initialize` and before `load_checkpoint`.
+        model: gives the parameters their names, which patterns and checkpoints need; an engine knows them.
+        config: the settings; by default the block "sharded_spd" of an engine's JSON, else SPD with lambda 1
+            and a snapshot of the weights as they are now.
 
     Returns:
         The projector; `detach()` takes it off again.
@@ -43,23 +47,57 @@ def attach(
         ValueError: for a configuration or an anchor that does not fit the model.
         TypeError: for a target that is no optimizer, or one that projects already.
     """
+    if is_deepspeed_engine(target):
+        return _attach_engine(target, config)
     optimizers = [_unwrap(t) for t in (target if isinstance(target, Sequence) else [target])]
     if not optimizers:
         raise UnsupportedError("got an empty sequence of optimizers; wanted at least one")
-    config = SPDConfig() if config is None else config
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdamSPD):
+            raise UnsupportedError(
+                "AdamSPD projects by itself; attach to another optimizer, or use AdamSPD alone"
+            )
+    return _attach(ParameterAdapter(optimizers, model), SPDConfig() if config is None else config)
+
+
+def _attach(adapter: EngineAdapter, config: SPDConfig) -> Projector:
     projector = Projector(
-        ParameterAdapter(optimizers, model),
+        adapter,
         ConfigResolver(config),
         deferred=config.anchor.source == "deferred"
         or any(_deferred(layer.anchor) for layer in config.layers),
+        together=config.defer,
         telemetry_every=config.telemetry.every,
         telemetry_path=config.telemetry.path,
     )
-    for optimizer in optimizers:
+    for optimizer in adapter.optimizers:
         _ATTACHED[optimizer] = ref(projector)
         pre, post = _hooks(projector)
         projector.add_hooks([optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)])
     return projector
+
+
+def _attach_engine(engine: Any, config: SPDConfig | None) -> Projector:
+    """To a DeepSpeed engine; its JSON may hold the settings."""
+    block = json_block(engine)
+    if config is None:
+        config = SPDConfig() if block is None else load_config(block)
+    elif block is not None and load_config(block) != config:
+        raise ConfigError(
+            'got settings both as config= and as the block "sharded_spd" of the DeepSpeed JSON, and they '
+            "differ; wanted them in one place"
+        )
+    adapter = deepspeed_adapter(engine, defer=config.defer)
+    for optimizer in adapter.optimizers:
+        if isinstance(optimizer, AdamSPD):
+            if config != SPDConfig(defer=config.defer):
+                raise ConfigError(
+                    "got AdamSPD as the engine's optimizer and settings to attach with; wanted them as "
+                    "AdamSPD's own arguments and groups, and attach(engine) alone"
+                )
+            return optimizer.move_to(adapter, together=config.defer)
+        _check_free(optimizer)
+    return _attach(adapter, config)
 
 
 def _deferred(anchor: Any) -> bool:
@@ -73,18 +111,30 @@ def _unwrap(target: Any) -> Optimizer:
         seen = seen.optimizer
     if not isinstance(seen, Optimizer):
         raise UnsupportedError(
-            f"got {type(target).__name__} to attach to; wanted a torch.optim.Optimizer or several"
+            f"got {type(target).__name__} to attach to; wanted a torch.optim.Optimizer or several, or a "
+            "DeepSpeed engine (not the optimizer that deepspeed.initialize gives)"
         )
-    other = _ATTACHED.get(seen, lambda: None)()
+    _check_free(seen)
+    _check_no_flat(seen)
+    return seen
+
+
+def _check_free(optimizer: Optimizer) -> None:
+    other = _ATTACHED.get(optimizer, lambda: None)()
     if other is not None and other.attached:
         raise UnsupportedError(
-            f"this {type(seen).__name__} is attached to already; detach() its projector first"
+            f"this {type(optimizer).__name__} is attached to already; detach() its projector first"
         )
-    if isinstance(seen, AdamSPD):
+
+
+def _check_no_flat(optimizer: Optimizer) -> None:
+    """DeepSpeed's flats are no parameters: taken for layers, they would be pulled as one."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if "deepspeed" in sys.modules and (not params or any(not isinstance(p, Parameter) for p in params)):
         raise UnsupportedError(
-            "AdamSPD projects by itself; attach to another optimizer, or use AdamSPD alone"
+            f"this {type(optimizer).__name__} holds no parameters of a model, as one inside of a DeepSpeed "
+            "engine; wanted the engine: attach(engine)"
         )
-    return seen
 
 
 def _hooks(projector: Projector) -> tuple[Callable[..., Any], Callable[..., None]]:

@@ -87,7 +87,8 @@ class Binding:
             held.pending = False
             if moved and not isinstance(settings.anchor, str):
                 with suppress(AnchorError):  # all ranks raise once the sums are reduced
-                    held.values, moved = fetch(settings, piece, weight), False
+                    fetched, moved = fetch(settings, piece, weight), False
+                    held.values = None if fetched is None else _place(fetched, weight, settings)
             return held.values, moved
         return held.values, False
 
@@ -113,7 +114,7 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Tensor |
         if fetched.numel() != piece.numel:
             raise AnchorError(f"anchor {options.anchor.source} gave {fetched.numel()} elements for {piece}")
         values = fetched
-    return _place(values, weight, options)
+    return values
 
 
 def _place(values: Tensor, weight: Tensor, options: LayerSettings) -> Tensor:
@@ -188,9 +189,12 @@ def bind(
         for fqn, (shard, piece) in pieces.items():
             if not options[fqn].rule.spec.anchored:
                 continue
-            weight = flat(shard.tensor)[piece.offset : piece.offset + piece.numel]
+            cut_out = slice(piece.offset, piece.offset + piece.numel)
+            weight = flat(shard.tensor if shard.origin is None else shard.origin)[cut_out]
             shape, old = layout.shapes[fqn], previous.get(fqn)
             values, known = _values(old, options[fqn], piece, weight, shape)
+            if values is not None:
+                values = _place(values, shard.tensor, options[fqn])
             prints = slice_fingerprint(values, piece, shape)
             held = result.held[fqn] = _hold(values, piece, weight, prints, frozen=not shard.requires_grad)
             exact = options[fqn].anchor_dtype in (None, weight.dtype)

@@ -107,6 +107,7 @@ class SPDConfig:
     `rule`: a rule's name or object. `weight_decay`: lambda, the strength. `max_pull`: upper bound of the pull
     lambda * r. `anchor`: an `AnchorConfig` or its bare source. `anchor_missing`: whether a layer that an
     anchor file lacks is an error or anchored at zero. `layers`: settings by pattern, the first match wins.
+    `defer`: where an engine steps its optimizer several times per step (DeepSpeed), one reduction for all.
     """
 
     rule: str | Rule = "spd"
@@ -116,6 +117,7 @@ class SPDConfig:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     anchor_missing: Literal["raise", "zero"] = "raise"
     layers: tuple[LayerConfig, ...] = ()
+    defer: bool = False
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
@@ -124,6 +126,8 @@ class SPDConfig:
         object.__setattr__(self, "weight_decay", _strength(self.weight_decay))
         object.__setattr__(self, "max_pull", _pull_limit(self.max_pull))
         object.__setattr__(self, "anchor", _anchor(self.anchor))
+        if not isinstance(self.defer, bool):
+            raise ConfigError(_mismatch("defer", "true or false", self.defer))
         _check_choice("anchor_missing", self.anchor_missing, ("raise", "zero"))
         if not isinstance(self.layers, Sequence) or isinstance(self.layers, str):
             raise ConfigError(_mismatch("layers", "a list of LayerConfig", self.layers))

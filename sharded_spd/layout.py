@@ -42,7 +42,9 @@ class BoundShard:
 
     `slices` has one entry per layer of the tensor on every rank, with `numel` 0 where this rank holds nothing
     of it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's
-    live group; `has_state` says whether the base optimizer has stepped this tensor before.
+    live group; `has_state` says whether the base optimizer has stepped this tensor before. `origin` is what
+    the tensor was made of, in the same order, where a snapshot is to be taken from that: low-precision
+    weights below their float32 master.
     """
 
     tensor: torch.Tensor
@@ -51,6 +53,7 @@ class BoundShard:
     param_group: Mapping[str, Any]
     requires_grad: bool = True
     has_state: bool = False
+    origin: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,9 @@ class RulePart:
 
 @dataclass(slots=True)
 class ScopeIndex:
-    """A scope's layers and columns of the plan, and its rows of each rule part."""
+    """A scope's layers and columns of the plan, and its rows of each rule part; `index` among all scopes."""
 
+    index: int
     group: ProcessGroup
     fqns: tuple[str, ...]
     columns: Tensor
@@ -101,21 +102,22 @@ class Plan:
 
     def _make_scopes(self, binding: Binding) -> list[ScopeIndex]:
         scopes = []
-        for scope in binding.layout.scopes:
+        for index, scope in enumerate(binding.layout.scopes):
             members = set(scope.layers)
             columns = [i for i, fqn in enumerate(self.fqns) if fqn in members]
             if not columns:
                 continue
             rows = []
             for part in self.parts:
-                index = [
+                own = [
                     torch.arange(rows_of.start, rows_of.stop)
                     for fqn, rows_of in zip(part.fqns, part.row_ranges, strict=True)
                     if fqn in members
                 ]
-                rows.append((torch.cat(index) if index else torch.empty(0, dtype=torch.long)).to(self.device))
+                rows.append((torch.cat(own) if own else torch.empty(0, dtype=torch.long)).to(self.device))
             fqns = tuple(self.fqns[i] for i in columns)
-            scopes.append(ScopeIndex(scope.group, fqns, torch.tensor(columns, device=self.device), rows))
+            where = torch.tensor(columns, device=self.device)
+            scopes.append(ScopeIndex(index, scope.group, fqns, where, rows))
         return scopes
 
     def prepare_shard_states(self, binding: Binding, shards: Sequence[BoundShard]) -> None:
@@ -137,36 +139,47 @@ class Plan:
         """The statistics of all parts for one reduction, each once."""
         return list(dict.fromkeys(key for part in self.parts for key in part.keys(early=early)))
 
-    def reduce_(
-        self,
-        table: Tensor,
-        rows: list[tuple[int, Tensor]],
-        *,
-        guard: Tensor | None,
-        guarded: set[str],
-        asked: bool,
-    ) -> None:
-        """Sum over every scope (modified in place), one collective each.
 
-        Args:
-            table: `[num_stats, num_layers]`.
-            rows: statistics per row, each `[num_rows]` with the index of its part.
-            guard: the guard's rows `[4, num_layers]`; only scopes with a guarded layer send them.
-            guarded: layers that are still to be checked, the same on all ranks of their scopes.
-            asked: whether any rule asks for a statistic; else only scopes with a guarded layer reduce.
-        """
-        for scope in self.scopes:
-            tables = [table]
-            if guard is not None and not guarded.isdisjoint(scope.fqns):
-                tables.append(guard)
-            if not asked and len(tables) == 1:
-                continue
-            pieces = [t[:, scope.columns].reshape(-1) for t in tables]
-            pieces += [buffer[scope.rows[p]] for p, buffer in rows]
-            payload = torch.cat(pieces)
-            all_reduce_(payload, scope.group)
-            sums = payload.split([piece.numel() for piece in pieces])
-            for t, part in zip(tables, sums, strict=False):
-                t[:, scope.columns] = part.view(t.shape[0], -1)
-            for (p, buffer), part in zip(rows, sums[len(tables) :], strict=True):
-                buffer[scope.rows[p]] = part
+@dataclass(slots=True, eq=False)
+class Reduction:
+    """What is to be summed over the scopes of one plan.
+
+    Args:
+        plan: whose columns and rows they are.
+        table: `[num_stats, num_layers]`.
+        rows: statistics per row, each `[num_rows]` with the index of its part.
+        guard: the guard's rows `[4, num_layers]`; only scopes with a guarded layer send them.
+        guarded: layers that are still to be checked, the same on all ranks of their scopes.
+        asked: whether any rule asks for a statistic; else only scopes with a guarded layer reduce.
+    """
+
+    plan: Plan
+    table: Tensor
+    rows: list[tuple[int, Tensor]]
+    guard: Tensor | None
+    guarded: set[str]
+    asked: bool
+
+    def views(self, scope: ScopeIndex) -> list[tuple[Tensor, Tensor]]:
+        """What a scope sums of it: tensors `[num_rows, n]` and the columns of them; empty where nothing."""
+        tables = [self.table]
+        if self.guard is not None and not self.guarded.isdisjoint(scope.fqns):
+            tables.append(self.guard)
+        if not self.asked and len(tables) == 1:
+            return []
+        views = [(table, scope.columns) for table in tables]
+        return views + [(buffer.view(1, -1), scope.rows[p]) for p, buffer in self.rows]
+
+
+def reduce_together_(reductions: Sequence[Reduction]) -> None:
+    """Sum over every scope (modified in place), one collective each, however many plans take part."""
+    groups = {s.index: s.group for r in reductions for s in r.plan.scopes}
+    for index, group in sorted(groups.items()):
+        views = [view for r in reductions for s in r.plan.scopes if s.index == index for view in r.views(s)]
+        if not views:
+            continue
+        pieces = [tensor[:, columns].reshape(-1) for tensor, columns in views]
+        payload = torch.cat(pieces)
+        all_reduce_(payload, group)
+        for (tensor, columns), part in zip(views, payload.split([p.numel() for p in pieces]), strict=True):
+            tensor[:, columns] = part.view(tensor.shape[0], -1)

@@ -19,7 +19,7 @@ from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.layout import BoundShard, ShardLayout
 from sharded_spd.monitor import Monitor, measure_deviation
-from sharded_spd.plan import Plan
+from sharded_spd.plan import Plan, Reduction, reduce_together_
 from sharded_spd.stats import all_reduce_
 from sharded_spd.step import Step
 
@@ -36,6 +36,7 @@ class Projector:
         resolve: Resolver,
         *,
         deferred: bool = False,
+        together: bool = False,
         telemetry_every: int = 0,
         telemetry_path: str | None = None,
     ) -> None:
@@ -44,6 +45,9 @@ class Projector:
         self._binding: Binding | None = None
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._steps: dict[Optimizer, Step] = {}
+        self._together = together
+        self._waiting: list[tuple[Step, Reduction]] = []
+        self._moved = False
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
         self._handles: list[RemovableHandle] = []
@@ -104,6 +108,7 @@ class Projector:
         if self._detached:
             raise BindingError("this projector was detached and is not called any more; call attach() anew")
         self._steps.clear()
+        self._waiting.clear()
         try:
             self._bind(model)
         except Exception as error:
@@ -130,7 +135,9 @@ class Projector:
         agree(lambda: self._check_unchanged(binding, renamed), groups)
         plans, self._binding, self._plans = list(self._plans.values()), binding, {}
         for optimizer in self._adapter.optimizers:
-            self._plan(self._adapter.bind(optimizer, grads=False), plans, renamed)
+            for call in self._adapter.inner_steps(optimizer):
+                self._plan(call, plans, renamed)
+        self._adapter.mark(binding.fingerprint)
         if old is None:
             self._restore(self._loaded)
             self._loaded, self._seed = {}, {}
@@ -195,13 +202,27 @@ class Projector:
                     "the projection needs a gradient: call step() without a closure, after backward()"
                 )
             return
+        self._waiting.append((step, step.collect()))
+        self._moved |= step.moves
+        last = self._adapter.boundary(optimizer)
+        if last or not self._together:
+            self._project()
+        if last and self._moved:
+            self._moved = False
+            self._monitor.step(list(self._plans.values()), self._require().norms)
+
+    def _project(self) -> None:
+        """Settle the inner steps that wait, by one reduction."""
+        waiting, self._waiting = self._waiting, []
+        steps = [step for step, _ in waiting]
         try:
-            step.finish()
+            reduce_together_([reduction for _, reduction in waiting])
+            for step in steps:
+                step.project()
         except AnchorError as error:
             self._failure = error
             raise
-        if self._adapter.boundary(optimizer) and step.moves:
-            self._monitor.step(list(self._plans.values()), self._require().norms)
+        self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
 
     def _check_unbound(self, optimizer: Optimizer) -> None:
         """An unbound step passes as the plain base where it moves nothing for lack of gradients."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from sharded_spd.errors import ConfigError, UnsupportedError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
-from sharded_spd.plan import Plan, RulePart
+from sharded_spd.plan import Plan, Reduction, RulePart, reduce_together_
 from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
 from sharded_spd.sums import Item, Sums
@@ -30,6 +31,7 @@ class Step:
         self, plan: Plan, binding: Binding, optimizer: Optimizer, shards: Sequence[BoundShard]
     ) -> None:
         self._plan = plan
+        self._shards = shards
         self._binding = binding
         self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._guarded = binding.unverified.among(plan.fqns)
@@ -57,17 +59,28 @@ class Step:
         """Whether any layer has a gradient and a learning rate, as far as the host can tell."""
         return self._moves
 
-    def finish(self) -> None:
-        """Reduce, find s, pull.
+    @property
+    def shards(self) -> Sequence[BoundShard]:
+        """What the base optimizer stepped."""
+        return self._shards
 
-        Raises:
-            AnchorError: on all ranks alike, where a layer had left its anchor before its first step.
-        """
+    def collect(self) -> Reduction:
+        """Take the sums after the base step; let go of the gradients. What comes back is to be reduced."""
         for item in self._items:
             wanted = [s for phase, s in item.part.keys(early=False) if phase == "after"]
             if wanted:
                 self._sums.add("after", item, wanted)
-        self._sums.reduce(self._flags, guard=self._guard, guarded=self._guarded)
+        for item in self._items:
+            item.shard = replace(item.shard, grad=None)
+        self._shards = [replace(shard, grad=None) for shard in self._shards]
+        return self._sums.reduction(self._flags, guard=self._guard, guarded=self._guarded)
+
+    def project(self) -> None:
+        """Find s from the reduced sums, and pull.
+
+        Raises:
+            AnchorError: on all ranks alike, where a layer had left its anchor before its first step.
+        """
         if self._guard is not None:
             self._settle(self._guard)
         for p, part in enumerate(self._plan.parts):
@@ -155,7 +168,7 @@ class Step:
         for item in self._items:
             if item.part.early:
                 sums.add("before", item, item.part.rule.spec.before)
-        sums.reduce(self._flags)
+        reduce_together_([sums.reduction(self._flags)])
         for p, part in enumerate(self._plan.parts):
             if not part.early:
                 continue

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharded_spd.binding import flat
 from sharded_spd.layout import BoundShard, ShardSlice
-from sharded_spd.plan import Key, Phase, Plan, RulePart
+from sharded_spd.plan import Key, Phase, Plan, Reduction, RulePart
 from sharded_spd.rules import Stats
 from sharded_spd.stats import CHUNK, Block, RowSpan, Statistic, add_row_sums_, layer_sums
 
@@ -88,20 +88,18 @@ class Sums:
             value = value.to(self._plan.device)
             self._cells[cell] = self._cells[cell] + value if cell in self._cells else value
 
-    def reduce(self, flags: Tensor, *, guard: Tensor | None = None, guarded: set[str] | None = None) -> None:
-        """Sum flags, statistics, rows and guard over all scopes; no collective runs where none is asked for.
-
-        `guard` is modified in place.
-        """
+    def reduction(
+        self, flags: Tensor, *, guard: Tensor | None = None, guarded: set[str] | None = None
+    ) -> Reduction:
+        """Flags, statistics, rows and guard, ready to be summed over all scopes in place."""
         plan, num_flags = self._plan, flags.shape[0]
         zero = torch.zeros((), dtype=torch.float64, device=plan.device)
         cells = [self._cells.get((key, i), zero) for key in self._layer_keys for i in range(len(plan.fqns))]
         sums = torch.stack(cells).view(-1, len(plan.fqns)) if cells else flags[:0]
         table = torch.cat([flags, sums])
         rows = [(p, buffer) for (p, _), buffer in self._rows.items()]
-        asked = bool(cells or rows)
-        plan.reduce_(table, rows, guard=guard, guarded=guarded or set(), asked=asked)
         self.flags, self._table = table[:num_flags], table[num_flags:]
+        return Reduction(plan, table, rows, guard, guarded or set(), asked=bool(cells or rows))
 
     def row(self, key: Key) -> Tensor:
         """A reduced statistic per layer of the plan, `[num_layers]`."""

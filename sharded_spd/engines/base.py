@@ -14,7 +14,12 @@ from sharded_spd.layout import BoundShard, ShardLayout
 
 
 class EngineAdapter(Protocol):
-    """Which elements of which layer this rank holds, and over which process groups to sum."""
+    """Which elements of which layer this rank holds, and over which process groups to sum.
+
+    `names` is the model's FQN of each parameter, as far as they are known.
+    """
+
+    names: dict[Tensor, str]
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
@@ -43,8 +48,20 @@ class EngineAdapter(Protocol):
         """
         ...
 
+    def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
+        """What each call of `optimizer.step` within one engine step updates, without gradients."""
+        ...
+
     def boundary(self, optimizer: Optimizer) -> bool:
         """Whether this is the last inner call of an engine step."""
+        ...
+
+    def rewrite(self, shards: Sequence[BoundShard]) -> None:
+        """Hand on tensors of earlier inner calls, which have changed since the engine took them."""
+        ...
+
+    def mark(self, fingerprint: str) -> None:
+        """Have the anchors' fingerprint travel in the engine's own checkpoints, where that is possible."""
         ...
 
     def export(self, fqn: str, local: Tensor) -> Tensor:

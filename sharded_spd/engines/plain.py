@@ -33,18 +33,27 @@ from sharded_spd.names import clean_fqns
 
 
 class ParameterAdapter:
-    """Describes the parameters of `optimizers`; names come from `model`, else from `param_names`."""
+    """Describes the parameters of `optimizers`; names come from `model`, else from `param_names`.
 
-    def __init__(self, optimizers: Sequence[Optimizer], model: Module | None = None) -> None:
+    `group`: ranks that hold replicas, where the model itself does not tell.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        model: Module | None = None,
+        *,
+        group: ProcessGroup | None = None,
+    ) -> None:
         self.optimizers: Sequence[Optimizer] = tuple(optimizers)
         self.named = False
         self.names: dict[Tensor, str] = {}
         self._model_fqns: tuple[str, ...] = ()
         self._slices: dict[Tensor, ShardSlice] = {}
-        self._params: dict[str, Tensor] = {}
+        self.params: dict[str, Tensor] = {}
         self._groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._stepped: set[Optimizer] = set()
-        self._ddp_group: ProcessGroup | None = None
+        self._ddp_group = group
         self._model: Callable[[], Module | None] = lambda: None
         self._learn_names(model)
 
@@ -114,7 +123,7 @@ class ParameterAdapter:
                 "they were taken from, as it was then wrapped or sharded"
             )
         renamed = {self._slices[p].layer: fqn for fqn, p in params.items() if p in self._slices}
-        self._slices, self._params, self._groups, self.named = slices, params, groups, named
+        self._slices, self.params, self._groups, self.named = slices, params, groups, named
         shapes = {fqn: tuple(p.shape) for fqn, p in params.items()}
         whole = tuple(Scope(group, tuple(layers)) for group, layers in scopes.values())
         return ShardLayout(tuple(params), shapes, whole, self._model_fqns, renamed)
@@ -180,6 +189,10 @@ class ParameterAdapter:
             "model.reshard() before it is built"
         )
 
+    def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
+        """One call, of everything."""
+        return [self.bind(optimizer, grads=False)]
+
     def boundary(self, optimizer: Optimizer) -> bool:
         """True once all optimizers have stepped, and when one steps again before the others have."""
         again = optimizer in self._stepped
@@ -191,9 +204,15 @@ class ParameterAdapter:
             return True
         return again
 
+    def rewrite(self, shards: Sequence[BoundShard]) -> None:
+        """Nothing: the optimizer holds the model's own parameters."""
+
+    def mark(self, fingerprint: str) -> None:
+        """Nothing: the projector's and AdamSPD's state carry it."""
+
     def export(self, fqn: str, local: Tensor) -> Tensor:
         """A DTensor like the parameter, or the plain tensor in the parameter's shape."""
-        return as_dtensor(local, self._params[fqn])
+        return as_dtensor(local, self.params[fqn])
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
         """This rank's shard of what `export` gave."""

@@ -1,0 +1,226 @@
+"""DeepSpeed: ZeRO stages 1 to 3, and stage 0 in half precision, around any inner optimizer.
+
+Stage 0 in float32 has the model's own parameters in its optimizer and needs none of this (`plain`).
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from sharded_spd.engines.plain import ParameterAdapter
+from sharded_spd.engines.zero_layout import Flat, holds_exactly, read_flats
+from sharded_spd.engines.zero_refusals import check_engine
+from sharded_spd.engines.zero_resume import GroupMarks
+from sharded_spd.errors import BindingError
+from sharded_spd.layout import BoundShard, FlatRange, Scope, ShardLayout, ShardSlice
+from sharded_spd.names import clean_fqns
+from sharded_spd.stats import all_reduce_
+
+_EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
+
+
+def is_deepspeed_engine(target: Any) -> bool:
+    """Whether `target` is what `deepspeed.initialize` gives first."""
+    return hasattr(target, "basic_optimizer") and hasattr(target, "zero_optimization_stage")
+
+
+def json_block(engine: Any) -> Mapping[str, Any] | None:
+    """The block "sharded_spd" of the JSON that the engine was configured with."""
+    given = engine.config
+    if not isinstance(given, Mapping):
+        given = getattr(getattr(engine, "_config", None), "_param_dict", None) or {}
+    block: Mapping[str, Any] | None = given.get("sharded_spd")
+    return block
+
+
+def deepspeed_adapter(engine: Any, *, defer: bool) -> DeepSpeedAdapter | ParameterAdapter:
+    """The adapter of an engine.
+
+    Raises:
+        UnsupportedError: for a setting under which the projection would be wrong or would not run at all.
+    """
+    check_engine(engine, defer=defer)
+    if isinstance(engine.optimizer, Optimizer):
+        return ParameterAdapter([engine.optimizer], engine.module, group=_data_parallel_group(engine))
+    return DeepSpeedAdapter(engine)
+
+
+def _data_parallel_group(engine: Any) -> ProcessGroup | None:
+    group: ProcessGroup | None = getattr(engine, "data_parallel_group", None)
+    return group if group is not None or not dist.is_initialized() else dist.group.WORLD
+
+
+class DeepSpeedAdapter:
+    """Describes the flats of `engine`'s inner optimizer; a layer is a slice of one, or of one per rank."""
+
+    named = True
+
+    def __init__(self, engine: Any) -> None:
+        # The engine's optimizer is hooked and leads here: a strong reference back would keep both alive.
+        self._engine = weakref.proxy(engine)
+        self._wrapper = weakref.proxy(engine.optimizer)
+        self.optimizers: Sequence[Optimizer] = (engine.optimizer.optimizer,)
+        self._flats: list[Flat] = []
+        self._by_tensor: dict[Tensor, Flat] = {}
+        self._exact: list[bool] = []
+        self._stepped: set[Tensor] = set()
+        self._current: set[Tensor] = set()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, tuple[ShardSlice, ProcessGroup | None]] = {}
+        self._groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self._marks: GroupMarks | None = None
+        named = list(engine.module.named_parameters(remove_duplicate=False))
+        cleaned, params = clean_fqns([name for name, _ in named]), [param for _, param in named]
+        self._model_fqns = tuple(_with_global_experts(cleaned, params))
+        self.names: dict[Tensor, str] = {}
+        for fqn, param in zip(self._model_fqns, params, strict=True):
+            self.names.setdefault(param, fqn)
+
+    @property
+    def agreement_groups(self) -> Sequence[ProcessGroup]:
+        """The groups that split any layer; where none does, the data-parallel one."""
+        whole = _data_parallel_group(self._engine)
+        return list(self._groups.values()) or ([whole] if whole is not None else [])
+
+    def layout(self, model: Module | None = None) -> ShardLayout:
+        """Read the flats and check them against the live weights, on this rank alone.
+
+        Raises:
+            UnsupportedError: where they are laid out in another way than is known.
+        """
+        names = self.names
+        self._flats = read_flats(self._wrapper, names)
+        self._by_tensor = {flat.tensor: flat for flat in self._flats}
+        self._exact = [flat.preloaded or holds_exactly(flat) for flat in self._flats]
+        whole = {fqn: tuple(getattr(p, "ds_shape", p.shape)) for p, fqn in names.items()}
+        scopes: dict[tuple[int, ...], tuple[ProcessGroup, list[str]]] = {}
+        self._shapes, self._where, self._groups = {}, {}, {}
+        for flat in self._flats:
+            group = flat.process_group
+            ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
+            if group is not None and len(ranks) > 1:
+                group = self._groups.setdefault(ranks, group)
+                scopes.setdefault(ranks, (group, []))[1].extend(piece.layer for piece in flat.slices)
+            for piece in flat.slices:
+                self._shapes[piece.layer] = whole[piece.layer]
+                self._where[piece.layer] = (piece, group if len(ranks) > 1 else None)
+        scoped = tuple(Scope(group, tuple(layers)) for group, layers in scopes.values())
+        return ShardLayout(tuple(self._shapes), self._shapes, scoped, self._model_fqns)
+
+    def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
+        """All flats; with `grads` those of the inner call that is about to run.
+
+        Raises:
+            BindingError: for a tensor that is none of the flats.
+            AnchorError: where a checkpoint was loaded that was written with another anchor.
+        """
+        if not grads:
+            return [shard for call in self.inner_steps(optimizer) for shard in call]
+        if self._marks is not None:
+            self._marks.mend(optimizer, getattr(self._engine, "lr_scheduler", None))
+        shards = []
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                flat = self._by_tensor.get(tensor)
+                if flat is None:
+                    raise BindingError(
+                        f"DeepSpeed steps a tensor of {tensor.numel()} elements that it did not have when "
+                        "the engine was attached to; call bind() on the projector"
+                    )
+                stepped = flat.preloaded or bool(optimizer.state.get(tensor))
+                shards.append(BoundShard(tensor.detach(), tensor.grad, flat.slices, group, has_state=stepped))
+        self._current = {tensor for group in optimizer.param_groups for tensor in group["params"]}
+        return shards
+
+    def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
+        """The flats of each call of `optimizer.step` in one engine step, in their order."""
+        groups = optimizer.param_groups
+        shards = [self._at_rest(optimizer, i, groups[f.param_group]) for i, f in enumerate(self._flats)]
+        return [shards] if self._one_call else [[shard] for shard in shards]
+
+    @property
+    def _one_call(self) -> bool:
+        """Stages 1, 2 and 3 step flat by flat; the others step all at once."""
+        stepwise = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+        return not any(hasattr(self._wrapper, name) for name in stepwise)
+
+    def _at_rest(self, optimizer: Optimizer, index: int, group: Mapping[str, Any]) -> BoundShard:
+        flat = self._flats[index]
+        master = flat.tensor.detach().view(-1)
+        if master.numel() == 0 and flat.low.numel():  # on NVMe
+            master = flat.low.to(master.device)
+        # A low-precision copy that is exact takes half the memory as an anchor.
+        origin = flat.low if self._exact[index] and flat.low.dtype.itemsize < master.dtype.itemsize else None
+        stepped = flat.preloaded or bool(optimizer.state.get(flat.tensor))
+        return BoundShard(
+            master, None, flat.slices, group, has_state=stepped, origin=flat.low if flat.preloaded else origin
+        )
+
+    def boundary(self, optimizer: Optimizer) -> bool:
+        """True once all flats have stepped, and when one steps again before the others have."""
+        again = not self._stepped.isdisjoint(self._current)
+        self._stepped = set(self._current) if again else self._stepped | self._current
+        if not again and len(self._stepped) == len(self._flats):
+            self._stepped = set()
+            return True
+        return again
+
+    def rewrite(self, shards: Sequence[BoundShard]) -> None:
+        """Copy flats of earlier inner calls again to the weights that the model computes with."""
+        layers = {piece.layer for shard in shards for piece in shard.slices}
+        for flat in self._flats:
+            if any(piece.layer in layers for piece in flat.slices):
+                flat.low.data.copy_(flat.tensor.detach().view(-1))
+
+    def mark(self, fingerprint: str) -> None:
+        """Have the anchors' fingerprint travel in the param groups, and compare it with what is loaded."""
+        if self._marks is not None:
+            self._marks.remove()
+        self._marks = GroupMarks(self.optimizers[0], fingerprint)
+
+    def export(self, fqn: str, local: Tensor) -> Tensor:
+        """The whole layer, on the host: DeepSpeed keeps nothing of its checkpoints in a form to reshard.
+
+        Collective over the layer's group.
+        """
+        piece, group = self._where[fqn]
+        whole = torch.zeros(prod(self._shapes[fqn]), dtype=local.dtype, device=local.device)
+        if isinstance(piece.region, FlatRange):
+            whole[piece.region.start : piece.region.start + piece.numel] = local
+        if group is not None:
+            all_reduce_(whole, group)
+        return whole.view(self._shapes[fqn]).cpu()
+
+    def restore(self, fqn: str, saved: Tensor) -> Tensor:
+        """This rank's part of a whole layer."""
+        piece, _ = self._where[fqn]
+        start = piece.region.start if isinstance(piece.region, FlatRange) else 0
+        return saved.reshape(-1)[start : start + piece.numel]
+
+
+def _with_global_experts(fqns: Sequence[str], params: Sequence[Tensor]) -> Iterator[str]:
+    """The names with each expert's number among all ranks: DeepSpeed counts those of a rank from 0."""
+    found = [_EXPERT.match(fqn) for fqn in fqns]
+    here: dict[str, int] = {}
+    for match in found:
+        if match is not None:
+            here[match[1]] = max(here.get(match[1], 0), int(match[2]) + 1)
+    for fqn, param, match in zip(fqns, params, found, strict=True):
+        if match is None or getattr(param, "allreduce", True):
+            yield fqn
+            continue
+        from deepspeed.utils import groups
+
+        rank = groups._get_expert_parallel_rank(getattr(param, "group_name", None))
+        yield f"{match[1]}{rank * here[match[1]] + int(match[2])}{match[3]}"

@@ -1,0 +1,216 @@
+"""Where a layer's elements lie in the tensors that DeepSpeed's inner optimizer updates, and a check of it.
+
+ZeRO hands its inner optimizer one-dimensional partitions ("flats") of many layers. How they are cut is told
+by private attributes, so nothing is believed that the live weights do not confirm; no rank communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sharded_spd.errors import UnsupportedError
+from sharded_spd.layout import FlatRange, ShardSlice
+
+SUPPORTED = "0.16.9 to 0.19"
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """One tensor of the inner optimizer.
+
+    `low` is what the model computes with, in the same order; `preloaded`: it, and not `tensor`, holds the
+    weights as they were loaded. `process_group` splits the layers, None where each rank holds them whole.
+    """
+
+    tensor: Tensor
+    low: Tensor
+    slices: tuple[ShardSlice, ...]
+    param_group: int
+    process_group: ProcessGroup | None = None
+    preloaded: bool = False
+
+
+def read_flats(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
+    """The flats of DeepSpeed's `wrapper` around the inner optimizer, in the order in which they are stepped.
+
+    Raises:
+        UnsupportedError: where DeepSpeed is laid out in another way than is known.
+    """
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+        flats = _stage3(wrapper, names)
+    elif hasattr(wrapper, "single_partition_of_fp32_groups"):
+        partitions = _need(wrapper, "parallel_partitioned_bit16_groups")
+        masters, groups = wrapper.single_partition_of_fp32_groups, _need(wrapper, "bit16_groups")
+        flats = _partitioned(wrapper, masters, partitions, groups, names)
+    elif hasattr(wrapper, "fp32_groups_flat_partition"):
+        masters, groups = wrapper.fp32_groups_flat_partition, _need(wrapper, "bf16_groups")
+        partitions = _need(wrapper, "bf16_partitioned_groups")
+        flats = _partitioned(wrapper, masters, partitions, groups, names)
+    elif hasattr(wrapper, "fp32_groups_flat"):
+        flats = _whole_groups(wrapper, names)
+    elif hasattr(wrapper, "fp32_groups"):
+        flats = _whole_layers(wrapper, names)
+    else:
+        raise _moved(f"the optimizer is a {type(wrapper).__name__}, which is not known")
+    for flat in flats:
+        _check_tiling(flat)
+        if not flat.preloaded:
+            _check_values(flat)
+    return flats
+
+
+def _partitioned(
+    wrapper: Any,
+    masters: Sequence[Tensor],
+    partitions: Sequence[Sequence[Tensor]],
+    groups: Sequence[Sequence[Tensor]],
+    names: Mapping[Tensor, str],
+) -> list[Flat]:
+    """Stages 1 and 2: every weight is a view of one buffer per group, of which each rank owns a part.
+
+    By pointers: right for any order and alignment that DeepSpeed chose.
+    """
+    process_groups = _need(wrapper, "real_dp_process_group")
+    flats = []
+    for g, (master, params) in enumerate(zip(masters, groups, strict=True)):
+        part = partitions[g][dist.get_rank(process_groups[g])]
+        if part.numel() != master.numel():
+            raise _moved(f"group {g}: the partition has {part.numel()} elements, its master {master.numel()}")
+        begin, buffer = int(part.storage_offset()), part.untyped_storage().data_ptr()
+        slices = []
+        for param in params:
+            weight, fqn = param.data, _name(param, names)
+            if weight.untyped_storage().data_ptr() != buffer or not weight.is_contiguous():
+                raise _moved(f"layer {fqn!r} is no view of its group's buffer")
+            start = int(weight.storage_offset())
+            first, last = max(start, begin), min(start + weight.numel(), begin + part.numel())
+            if first < last:
+                slices.append(ShardSlice(fqn, first - begin, last - first, FlatRange(first - start)))
+            else:
+                slices.append(ShardSlice(fqn, 0, 0, FlatRange(0)))
+        flats.append(Flat(master, part, tuple(slices), g, process_groups[g]))
+    return flats
+
+
+def _stage3(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
+    """Stage 3: a sub-group is the ranks' partitions of its layers, each padded by itself."""
+    positions, to_id = _need(wrapper, "grad_position"), _need(wrapper, "get_param_id")
+    group_of, lows = _need(wrapper, "sub_group_to_group_id"), _need(wrapper, "fp16_partitioned_groups_flat")
+    flats = []
+    for i, params in enumerate(_need(wrapper, "fp16_groups")):
+        low, offset, slices, process_group = lows[i], 0, [], None
+        if low is None:
+            raise UnsupportedError(
+                "the parameters are offloaded to NVMe, where their layout cannot be checked; got "
+                'offload_param.device "nvme", wanted "cpu" or none'
+            )
+        for param in params:
+            fqn, own = _name(param, names), _need(param, "ds_process_group")
+            if process_group is not None and own is not process_group:
+                raise _moved(f"layer {fqn!r} is split over other ranks than its sub-group {i}")
+            process_group = own
+            where = tuple(positions[to_id(param)])
+            length = int(param.partition_numel())
+            if where != (i, offset, length):
+                raise _moved(f"layer {fqn!r} is said to lie at {where}, wanted {(i, offset, length)}")
+            start = dist.get_rank(process_group) * length
+            numel = max(0, min(length, int(param.ds_numel) - start))
+            partition = _need(param, "ds_tensor").detach().reshape(-1)[:numel]
+            if not torch.equal(partition.to(low.device), low[offset : offset + numel]):
+                raise _moved(f"layer {fqn!r}: its partition is not at {offset} of sub-group {i}")
+            slices.append(ShardSlice(fqn, offset, numel, FlatRange(start if numel else 0)))
+            offset += length
+        master = wrapper.fp32_partitioned_groups_flat[i]
+        flats.append(Flat(master, low, tuple(slices), group_of[i], process_group))
+    return flats
+
+
+def _whole_groups(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
+    """Stage 0 in half precision around a fused optimizer: one whole flat per group."""
+    flats = []
+    lows = _need(wrapper, "fp16_groups_flat")
+    for g, (master, params) in enumerate(zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True)):
+        slices, begin = [], lows[g].data_ptr()
+        for param in params:
+            offset = (param.data.data_ptr() - begin) // lows[g].element_size()
+            slices.append(ShardSlice(_name(param, names), offset, param.numel(), FlatRange(0)))
+        flats.append(Flat(master, lows[g], tuple(slices), g, preloaded=True))
+    return flats
+
+
+def _whole_layers(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
+    """Stage 0 in half precision around any other optimizer: one master per layer."""
+    flats = []
+    for g, (masters, params) in enumerate(
+        zip(wrapper.fp32_groups, _need(wrapper, "fp16_groups"), strict=True)
+    ):
+        for master, param in zip(masters, params, strict=True):
+            if master.shape != param.shape:
+                raise _moved(f"a master of shape {tuple(master.shape)} for one of {tuple(param.shape)}")
+            piece = ShardSlice(_name(param, names), 0, param.numel(), FlatRange(0))
+            flats.append(Flat(master, param.data.reshape(-1), (piece,), g, preloaded=True))
+    return flats
+
+
+def _check_tiling(flat: Flat) -> None:
+    """No two layers share an element, and none lies outside."""
+    end = 0
+    for piece in sorted((p for p in flat.slices if p.numel), key=lambda p: p.offset):
+        if piece.offset < end or piece.offset + piece.numel > flat.low.numel():
+            raise _moved(f"layer {piece.layer!r} overlaps another one or the end of its partition")
+        end = piece.offset + piece.numel
+
+
+def _check_values(flat: Flat) -> None:
+    """The master, rounded, is the weights that the model computes with (in pieces, to save memory)."""
+    master = flat.tensor.detach()
+    if master.numel() == 0:  # on NVMe
+        return
+    for piece in flat.slices:
+        for begin in range(piece.offset, piece.offset + piece.numel, _CHUNK):
+            cut = slice(begin, min(begin + _CHUNK, piece.offset + piece.numel))
+            low = flat.low[cut]
+            if not torch.equal(master[cut].to(low.device, low.dtype), low):
+                raise _moved(f"layer {piece.layer!r}: its master weights are not where they should be")
+
+
+def holds_exactly(flat: Flat) -> bool:
+    """Whether `low` has every bit of the master."""
+    master = flat.tensor.detach()
+    return master.numel() == 0 or all(
+        torch.equal(a.to(b.device), b.to(a.dtype))
+        for a, b in zip(master.split(_CHUNK), flat.low.split(_CHUNK), strict=True)
+    )
+
+
+def _need(owner: Any, name: str) -> Any:
+    if not hasattr(owner, name):
+        raise _moved(f"{type(owner).__name__} has no {name}")
+    return getattr(owner, name)
+
+
+def _name(param: Tensor, names: Mapping[Tensor, str]) -> str:
+    if param not in names:
+        raise _moved(f"a parameter of shape {tuple(param.shape)} is not among the model's")
+    return names[param]
+
+
+def _moved(what: str) -> UnsupportedError:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        found = "of unknown version"
+    return UnsupportedError(
+        f"this DeepSpeed ({found}) lays its optimizer out in a way that is not known: {what}; known are "
+        f"versions {SUPPORTED}, right after deepspeed.initialize"
+    )

@@ -1,0 +1,91 @@
+"""What a DeepSpeed checkpoint brings into the param groups: another anchor is refused, defects are mended.
+
+Loading a universal checkpoint at stage 3 gives every param group the settings of the first, and all
+sub-groups one `step` tensor, which the optimizer then advances once for each of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from sharded_spd.errors import AnchorError
+
+_FINGERPRINT, _INDEX, _RATES = "spd_anchor", "spd_group", "spd_lrs"
+"""Keys of a param group: the anchors' fingerprint, its number, the lr of every group at the last step."""
+
+
+class GroupMarks:
+    """Marks the param groups of an inner optimizer, and reads the marks again after a load."""
+
+    def __init__(self, optimizer: Optimizer, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+        self._optimizer = weakref.ref(optimizer)
+        self._groups = [
+            {key: value for key, value in group.items() if key not in ("params", "step")}
+            for group in optimizer.param_groups
+        ]
+        for index, group in enumerate(optimizer.param_groups):
+            group[_FINGERPRINT], group[_INDEX] = fingerprint, index
+        self._loads = optimizer.register_load_state_dict_post_hook(self._check)
+
+    def remove(self) -> None:
+        """Take the marks off again."""
+        self._loads.remove()
+        optimizer = self._optimizer()
+        for group in [] if optimizer is None else optimizer.param_groups:
+            for key in (_FINGERPRINT, _INDEX, _RATES):
+                group.pop(key, None)
+
+    def _check(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            saved = group.get(_FINGERPRINT, self._fingerprint)
+            if saved != self._fingerprint:
+                raise AnchorError(
+                    f"the checkpoint was written with anchor fingerprint {saved}, this run has "
+                    f"{self._fingerprint}: another pre-trained model, or weights loaded before the anchor "
+                    "was taken; attach before load_checkpoint, to the weights that the checkpoint began from"
+                )
+
+    def mend(self, optimizer: Optimizer, scheduler: Any) -> None:
+        """Undo the two defects where they show; costs a look at each group and state.
+
+        Raises:
+            AnchorError: where a checkpoint was loaded that was written with another anchor.
+        """
+        self._check(optimizer)
+        _split_steps(optimizer)
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups):  # stages 1 and 2 show one group per call, and load them well
+            return
+        taken = [i for i, group in enumerate(groups) if group.get(_INDEX, i) != i]
+        rates = _scheduled(scheduler, len(groups)) or groups[0].get(_RATES) if taken else None
+        for i in taken:
+            groups[i].update(self._groups[i])
+            groups[i][_FINGERPRINT], groups[i][_INDEX] = self._fingerprint, i
+            if rates is not None and len(rates) == len(groups):
+                groups[i]["lr"] = rates[i]
+        for group in groups:
+            group[_RATES] = [g["lr"] for g in groups]
+
+
+def _split_steps(optimizer: Optimizer) -> None:
+    seen: set[int] = set()
+    for state in optimizer.state.values():
+        step = state.get("step")
+        if isinstance(step, Tensor):
+            if id(step) in seen:
+                state["step"] = step.clone()
+            seen.add(id(state["step"]))
+
+
+def _scheduled(scheduler: Any, count: int) -> list[Any] | None:
+    """What the scheduler says each group's lr is now; DeepSpeed's own ones forget it when they are loaded."""
+    if scheduler is None:
+        return None
+    rates = scheduler.get_last_lr() if isinstance(scheduler, LRScheduler) else scheduler.get_lr()
+    return list(rates) if len(rates) == count else None
