@@ -130,7 +130,8 @@ def _check_free(optimizer: Optimizer) -> None:
 def _check_no_flat(optimizer: Optimizer) -> None:
     """DeepSpeed's flats are no parameters: taken for layers, they would be pulled as one."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    if "deepspeed" in sys.modules and (not params or any(not isinstance(p, Parameter) for p in params)):
+    flat = any(p.ndim == 1 and not isinstance(p, Parameter) for p in params)
+    if "deepspeed" in sys.modules and (flat or not params):
         raise UnsupportedError(
             f"this {type(optimizer).__name__} holds no parameters of a model, as one inside of a DeepSpeed "
             "engine; wanted the engine: attach(engine)"

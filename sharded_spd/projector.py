@@ -54,8 +54,8 @@ class Projector:
         self._detached = False
         self._failure: Exception | None = None
         self._monitor = Monitor(telemetry_every, telemetry_path)
-        if not deferred and adapter.layout() is not None:
-            self.bind()
+        if not deferred:
+            self._bind(None, required=False)
 
     @property
     def bound(self) -> bool:
@@ -110,15 +110,17 @@ class Projector:
         self._steps.clear()
         self._waiting.clear()
         try:
-            self._bind(model)
+            self._bind(model, required=True)
         except Exception as error:
             # The adapter may describe the new parameters and the binding the old ones: no step may use both.
             self._failure = error if self._binding is not None else None
             raise
         self._failure = None
 
-    def _bind(self, model: Module | None) -> None:
-        layout = self._adapter.layout(model)
+    def _bind(self, model: Module | None, *, required: bool) -> None:
+        layout = agree(lambda: self._adapter.layout(model), self._adapter.agreement_groups)
+        if layout is None and not required:
+            return
         if layout is None:
             raise BindingError(
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
@@ -253,7 +255,9 @@ class Projector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._adapter.mark(None)
         self._steps.clear()
+        self._waiting.clear()
         self._plans.clear()
         self._binding = None
         self._detached = True
@@ -316,5 +320,4 @@ class Projector:
         """Bind with anchors that `export_anchors` gave, instead of taking new ones."""
         self._seed = dict(held)
         self._loaded = dict(state)
-        if self._adapter.layout() is not None:
-            self.bind()
+        self._bind(None, required=False)

@@ -60,8 +60,8 @@ class EngineAdapter(Protocol):
         """Hand on tensors of earlier inner calls, which have changed since the engine took them."""
         ...
 
-    def mark(self, fingerprint: str) -> None:
-        """Have the anchors' fingerprint travel in the engine's own checkpoints, where that is possible."""
+    def mark(self, fingerprint: str | None) -> None:
+        """Have the anchors' fingerprint travel in the engine's own checkpoints, if it can; None: no more."""
         ...
 
     def export(self, fqn: str, local: Tensor) -> Tensor:

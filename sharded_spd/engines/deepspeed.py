@@ -183,11 +183,11 @@ class DeepSpeedAdapter:
             if any(piece.layer in layers for piece in flat.slices):
                 flat.low.data.copy_(flat.tensor.detach().view(-1))
 
-    def mark(self, fingerprint: str) -> None:
+    def mark(self, fingerprint: str | None) -> None:
         """Have the anchors' fingerprint travel in the param groups, and compare it with what is loaded."""
         if self._marks is not None:
             self._marks.remove()
-        self._marks = GroupMarks(self.optimizers[0], fingerprint)
+        self._marks = None if fingerprint is None else GroupMarks(self.optimizers[0], fingerprint)
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
         """The whole layer, on the host: DeepSpeed keeps nothing of its checkpoints in a form to reshard.

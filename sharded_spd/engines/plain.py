@@ -207,7 +207,7 @@ class ParameterAdapter:
     def rewrite(self, shards: Sequence[BoundShard]) -> None:
         """Nothing: the optimizer holds the model's own parameters."""
 
-    def mark(self, fingerprint: str) -> None:
+    def mark(self, fingerprint: str | None) -> None:
         """Nothing: the projector's and AdamSPD's state carry it."""
 
     def export(self, fqn: str, local: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def read_flats(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
     elif hasattr(wrapper, "fp32_groups"):
         flats = _whole_layers(wrapper, names)
     else:
-        raise _moved(f"the optimizer is a {type(wrapper).__name__}, which is not known")
+        raise _moved(f"the optimizer is a {wrapper.__class__.__name__}, which is not known")
     for flat in flats:
         _check_tiling(flat)
         if not flat.preloaded:
@@ -179,7 +179,11 @@ def _check_values(flat: Flat) -> None:
             cut = slice(begin, min(begin + _CHUNK, piece.offset + piece.numel))
             low = flat.low[cut]
             if not torch.equal(master[cut].to(low.device, low.dtype), low):
-                raise _moved(f"layer {piece.layer!r}: its master weights are not where they should be")
+                raise _moved(
+                    f"layer {piece.layer!r}: the optimizer's master weights are not those of the model (or "
+                    "weights were loaded into the model after deepspeed.initialize, which DeepSpeed would "
+                    "overwrite: load them before it)"
+                )
 
 
 def holds_exactly(flat: Flat) -> bool:
@@ -193,7 +197,7 @@ def holds_exactly(flat: Flat) -> bool:
 
 def _need(owner: Any, name: str) -> Any:
     if not hasattr(owner, name):
-        raise _moved(f"{type(owner).__name__} has no {name}")
+        raise _moved(f"{owner.__class__.__name__} has no {name}")
     return getattr(owner, name)
 
 
