@@ -1,8 +1,8 @@
-"""Raising on every rank what only one rank can see, before the next collective."""
+"""What ranks have to tell each other: a failure that only one can see, entries that only one has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -45,3 +45,12 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
         rank, kind, text = found[0]
         raise _KINDS.get(kind, RuntimeError)(f"rank {rank} failed: {text}")
     return result[0]
+
+
+def union(own: Mapping[str, T], group: ProcessGroup | None) -> dict[str, T]:
+    """The entries of all ranks of `group`; this rank's alone where there is none."""
+    if group is None:
+        return dict(own)
+    gathered: list[Mapping[str, T]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(gathered, dict(own), group=group)
+    return {key: value for entries in gathered for key, value in entries.items()}

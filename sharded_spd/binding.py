@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_spd.agree import agree
+from sharded_spd.agree import agree, union
 from sharded_spd.anchors.base import AnchorStore
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
@@ -68,11 +68,12 @@ class Binding:
     unverified: Unverified = field(default_factory=Unverified)
     norms: dict[str, float] = field(default_factory=dict)
     fingerprints: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    elsewhere: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of all anchors."""
-        return combine(self.fingerprints)
+        """The fingerprint of all anchors, also of layers that only other ranks have."""
+        return combine({**self.elsewhere, **self.fingerprints})
 
     def take(self, piece: ShardSlice, weight: Tensor) -> tuple[Tensor | None, bool]:
         """The bound values of `piece`, and whether they are lost: a frozen layer that was loaded since.
@@ -286,3 +287,4 @@ def _reduce(binding: Binding, totals: Mapping[str, _Totals]) -> None:
             binding.unverified.pending.add(fqn)
         elif unchecked or not known:
             binding.unverified.fresh.add(fqn)
+    binding.elsewhere = union(binding.fingerprints, binding.layout.everywhere)

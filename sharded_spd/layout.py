@@ -70,7 +70,8 @@ class ShardLayout:
 
     A layer that is split along two mesh axes stands in two scopes, which are summed one after the other.
     `model_fqns` are all the model's names, also of what no optimizer holds; empty where no model was given.
-    `renamed` tells which layers had another name in the layout before this one.
+    `renamed` tells which layers had another name in the layout before this one. `everywhere` is the group of
+    all ranks where some have layers that others have not (experts), else None.
     """
 
     fqns: tuple[str, ...]
@@ -78,3 +79,4 @@ class ShardLayout:
     scopes: Sequence[Scope]
     model_fqns: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    everywhere: ProcessGroup | None = None

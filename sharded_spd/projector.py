@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import warn
-from sharded_spd.agree import agree
+from sharded_spd.agree import agree, union
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind, flat
 from sharded_spd.carry import export_layers, move_layers, restore_layers
@@ -279,6 +279,8 @@ class Projector:
         """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors."""
         fingerprint = self._binding.fingerprint if self._binding is not None else ""
         layers = export_layers(self._plans.values(), self._adapter)
+        if self._binding is not None:
+            layers = union(layers, self._binding.layout.everywhere)
         return {"fingerprint": fingerprint, "num_steps": self.num_steps, "layers": layers}
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ Stage 0 in float32 has the model's own parameters in its optimizer and needs non
 from __future__ import annotations
 
 import re
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -51,6 +52,14 @@ def deepspeed_adapter(engine: Any, *, defer: bool) -> DeepSpeedAdapter | Paramet
         UnsupportedError: for a setting under which the projection would be wrong or would not run at all.
     """
     check_engine(engine, defer=defer)
+    zero = engine._config.zero_config
+    if getattr(zero, "round_robin_gradients", False) and engine.zero_optimization_stage() in (1, 2):
+        warnings.warn(
+            "zero_optimization.round_robin_gradients is on: training and resuming are right, but DeepSpeed "
+            "mixes up layers in a universal checkpoint made of this run; turn it off to resume at another "
+            "world size",
+            stacklevel=3,
+        )
     if isinstance(engine.optimizer, Optimizer):
         return ParameterAdapter([engine.optimizer], engine.module, group=_data_parallel_group(engine))
     return DeepSpeedAdapter(engine)
@@ -89,9 +98,11 @@ class DeepSpeedAdapter:
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
-        """The groups that split any layer; where none does, the data-parallel one."""
+        """The data-parallel group, and the groups that split any layer."""
         whole = _data_parallel_group(self._engine)
-        return list(self._groups.values()) or ([whole] if whole is not None else [])
+        if whole is None:
+            return []
+        return list({tuple(dist.get_process_group_ranks(whole)): whole, **self._groups}.values())
 
     def layout(self, model: Module | None = None) -> ShardLayout:
         """Read the flats and check them against the live weights, on this rank alone.
@@ -116,7 +127,9 @@ class DeepSpeedAdapter:
                 self._shapes[piece.layer] = whole[piece.layer]
                 self._where[piece.layer] = (piece, group if len(ranks) > 1 else None)
         scoped = tuple(Scope(group, tuple(layers)) for group, layers in scopes.values())
-        return ShardLayout(tuple(self._shapes), self._shapes, scoped, self._model_fqns)
+        experts = any(not getattr(param, "allreduce", True) for param in names)
+        everywhere = _data_parallel_group(self._engine) if experts else None
+        return ShardLayout(tuple(self._shapes), self._shapes, scoped, self._model_fqns, everywhere=everywhere)
 
     def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
         """All flats; with `grads` those of the inner call that is about to run.
