@@ -129,7 +129,9 @@ class DeepSpeedAdapter:
         scoped = tuple(Scope(group, tuple(layers)) for group, layers in scopes.values())
         experts = any(not getattr(param, "allreduce", True) for param in names)
         everywhere = _data_parallel_group(self._engine) if experts else None
-        return ShardLayout(tuple(self._shapes), self._shapes, scoped, self._model_fqns, everywhere=everywhere)
+        # This rank does not know the names of other ranks' experts.
+        model_fqns = () if experts else self._model_fqns
+        return ShardLayout(tuple(self._shapes), self._shapes, scoped, model_fqns, everywhere=everywhere)
 
     def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
         """All flats; with `grads` those of the inner call that is about to run.
