@@ -45,7 +45,7 @@ def json_block(engine: Any) -> Mapping[str, Any] | None:
     return block
 
 
-def deepspeed_adapter(engine: Any, *, defer: bool) -> DeepSpeedAdapter | ParameterAdapter:
+def deepspeed_adapter(engine: Any, *, defer: bool) -> DeepSpeedAdapter | WholeAdapter:
     """The adapter of an engine.
 
     Raises:
@@ -61,13 +61,31 @@ def deepspeed_adapter(engine: Any, *, defer: bool) -> DeepSpeedAdapter | Paramet
             stacklevel=3,
         )
     if isinstance(engine.optimizer, Optimizer):
-        return ParameterAdapter([engine.optimizer], engine.module, group=_data_parallel_group(engine))
+        return WholeAdapter([engine.optimizer], engine.module, group=_data_parallel_group(engine))
     return DeepSpeedAdapter(engine)
 
 
 def _data_parallel_group(engine: Any) -> ProcessGroup | None:
     group: ProcessGroup | None = getattr(engine, "data_parallel_group", None)
     return group if group is not None or not dist.is_initialized() else dist.group.WORLD
+
+
+class WholeAdapter(ParameterAdapter):
+    """Stage 0 in float32: the model's own parameters, and DeepSpeed's checkpoints."""
+
+    _marks: GroupMarks | None = None
+
+    def mark(self, fingerprint: str | None) -> None:
+        """As `DeepSpeedAdapter.mark`."""
+        self._marks = _marked(self._marks, self.optimizers[0], fingerprint)
+
+
+def _marked(marks: GroupMarks | None, optimizer: Optimizer, fingerprint: str | None) -> GroupMarks | None:
+    if marks is not None and marks.fingerprint == fingerprint:
+        return marks
+    if marks is not None:
+        marks.remove()
+    return None if fingerprint is None else GroupMarks(optimizer, fingerprint)
 
 
 class DeepSpeedAdapter:
@@ -153,7 +171,7 @@ class DeepSpeedAdapter:
                         f"DeepSpeed steps a tensor of {tensor.numel()} elements that it did not have when "
                         "the engine was attached to; call bind() on the projector"
                     )
-                stepped = flat.preloaded or bool(optimizer.state.get(tensor))
+                stepped = self._has_stepped(optimizer, flat)
                 shards.append(BoundShard(tensor.detach(), tensor.grad, flat.slices, group, has_state=stepped))
         self._current = {tensor for group in optimizer.param_groups for tensor in group["params"]}
         return shards
@@ -163,6 +181,11 @@ class DeepSpeedAdapter:
         groups = optimizer.param_groups
         shards = [self._at_rest(optimizer, i, groups[f.param_group]) for i, f in enumerate(self._flats)]
         return [shards] if self._one_call else [[shard] for shard in shards]
+
+    def _has_stepped(self, optimizer: Optimizer, flat: Flat) -> bool:
+        """In this run, in the run whose checkpoint was loaded, or (stage 0) while the engine was made."""
+        loaded = self._marks is not None and self._marks.vouched
+        return flat.preloaded or loaded or bool(optimizer.state.get(flat.tensor))
 
     @property
     def _one_call(self) -> bool:
@@ -177,7 +200,7 @@ class DeepSpeedAdapter:
             master = flat.low.to(master.device)
         # A low-precision copy that is exact takes half the memory as an anchor.
         origin = flat.low if self._exact[index] and flat.low.dtype.itemsize < master.dtype.itemsize else None
-        stepped = flat.preloaded or bool(optimizer.state.get(flat.tensor))
+        stepped = self._has_stepped(optimizer, flat)
         return BoundShard(
             master, None, flat.slices, group, has_state=stepped, origin=flat.low if flat.preloaded else origin
         )
@@ -200,9 +223,7 @@ class DeepSpeedAdapter:
 
     def mark(self, fingerprint: str | None) -> None:
         """Have the anchors' fingerprint travel in the param groups, and compare it with what is loaded."""
-        if self._marks is not None:
-            self._marks.remove()
-        self._marks = None if fingerprint is None else GroupMarks(self.optimizers[0], fingerprint)
+        self._marks = _marked(self._marks, self.optimizers[0], fingerprint)
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
         """The whole layer, on the host: DeepSpeed keeps nothing of its checkpoints in a form to reshard.

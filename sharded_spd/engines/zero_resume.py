@@ -20,34 +20,46 @@ _FINGERPRINT, _INDEX, _RATES = "spd_anchor", "spd_group", "spd_lrs"
 
 
 class GroupMarks:
-    """Marks the param groups of an inner optimizer, and reads the marks again after a load."""
+    """Marks the param groups of an inner optimizer, and reads the marks again after a load.
+
+    `vouched`: a checkpoint of a run with the same anchors was loaded.
+    """
 
     def __init__(self, optimizer: Optimizer, fingerprint: str) -> None:
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        self.vouched = False
         self._optimizer = weakref.ref(optimizer)
         self._groups = [
             {key: value for key, value in group.items() if key not in ("params", "step")}
             for group in optimizer.param_groups
         ]
-        for index, group in enumerate(optimizer.param_groups):
-            group[_FINGERPRINT], group[_INDEX] = fingerprint, index
-        self._loads = optimizer.register_load_state_dict_post_hook(self._check)
+        self._stamp(optimizer)
+        self._hook = optimizer.register_load_state_dict_post_hook(self._after_load)
 
     def remove(self) -> None:
         """Take the marks off again."""
-        self._loads.remove()
+        self._hook.remove()
         optimizer = self._optimizer()
         for group in [] if optimizer is None else optimizer.param_groups:
             for key in (_FINGERPRINT, _INDEX, _RATES):
                 group.pop(key, None)
 
+    def _stamp(self, optimizer: Optimizer) -> None:
+        for index, group in enumerate(optimizer.param_groups):
+            group[_FINGERPRINT], group[_INDEX] = self.fingerprint, index
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self._check(optimizer)
+        self.vouched = all(_FINGERPRINT in group for group in optimizer.param_groups)
+        self._stamp(optimizer)
+
     def _check(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
-            saved = group.get(_FINGERPRINT, self._fingerprint)
-            if saved != self._fingerprint:
+            saved = group.get(_FINGERPRINT, self.fingerprint)
+            if saved != self.fingerprint:
                 raise AnchorError(
                     f"the checkpoint was written with anchor fingerprint {saved}, this run has "
-                    f"{self._fingerprint}: another pre-trained model, or weights loaded before the anchor "
+                    f"{self.fingerprint}: another pre-trained model, or weights loaded before the anchor "
                     "was taken; attach before load_checkpoint, to the weights that the checkpoint began from"
                 )
 
@@ -66,7 +78,7 @@ class GroupMarks:
         rates = _scheduled(scheduler, len(groups)) or groups[0].get(_RATES) if taken else None
         for i in taken:
             groups[i].update(self._groups[i])
-            groups[i][_FINGERPRINT], groups[i][_INDEX] = self._fingerprint, i
+            groups[i][_FINGERPRINT], groups[i][_INDEX] = self.fingerprint, i
             if rates is not None and len(rates) == len(groups):
                 groups[i]["lr"] = rates[i]
         for group in groups:
