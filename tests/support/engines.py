@@ -170,4 +170,5 @@ ENGINES = {
     "tp": Tp,
     "fsdp2_offload": _offload,
     "fsdp2_mixed": _mixed,
+    "zero": Engine,  # tests.support.zero makes the DeepSpeed engine of each case
 }

@@ -99,7 +99,9 @@ def test_unknown_key_names_its_path_and_the_nearest_key(data, path, near):
 
 
 def test_unknown_key_unlike_any_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"^zzz: unknown key; known here: anchor, anchor_missing, defer, layers, "):
+    with pytest.raises(
+        ConfigError, match=r"^zzz: unknown key; known here: anchor, anchor_missing, defer, layers, "
+    ):
         load_config({"zzz": 1})
 
 

@@ -1,0 +1,127 @@
+"""DeepSpeed: stage x dtype x offload x groups; one launch per world size runs all its cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.parity import zero_cases as cases
+from tests.reference.golden import SPD_FILES
+from tests.support.launch import Task
+from tests.support.zero import OFFLOAD, Setting
+
+PARAMS = {**OFFLOAD, "offload_param": {"device": "cpu"}}
+SUB = {"sub_group_size": 20}
+MASTERS = {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+WORLDS = (2, 4)
+
+
+def _task(
+    function: Callable[..., None], label: str, world: int, *, slow: bool = False, **options: Any
+) -> Task:
+    return Task(f"{function.__name__}-{label}", "zero", world, function, options, slow=slow)
+
+
+def _settings() -> Iterator[tuple[str, Setting, bool]]:
+    """All combinations; those that are quick at 2 ranks, where each value occurs at least once."""
+    quick = {
+        "1-fp32",
+        "2-bf16-cpu",
+        "2-fp16",
+        "3-fp32-sub",
+        "3-bf16",
+        "3-fp16-cpu",
+        "3-fp32-params",
+        "1-bf16_opt",
+    }
+    for stage in (1, 2, 3):
+        offloads: dict[str, Any] = {"": {}, "-cpu": OFFLOAD}
+        if stage == 3:
+            offloads |= {"-params": PARAMS, "-sub": SUB, "-sub-cpu": {**SUB, **OFFLOAD}}
+        for dtype in ("fp32", "bf16", "fp16"):
+            for label, zero in offloads.items():
+                name = f"{stage}-{dtype}{label}"
+                yield name, Setting(stage=stage, dtype=dtype, zero=zero), name in quick
+    yield "1-bf16_opt", Setting(stage=1, dtype="bf16_opt"), True
+
+
+def _matrix() -> Iterator[Task]:
+    for name, setting, quick in _settings():
+        for world in WORLDS:
+            for grouped in (False, True):
+                label = f"{name}{'-groups' if grouped else ''}"
+                slow = not quick or (world == 4) == grouped
+                yield _task(cases.agrees, label, world, setting=setting, grouped=grouped, slow=slow)
+    variants = {
+        "round_robin": Setting(stage=2, zero={"round_robin_gradients": True}),
+        "overlap": Setting(stage=2, zero={"overlap_comm": True, "contiguous_gradients": True}),
+        "accumulated": Setting(stage=2, accumulate=2),
+        "accumulated3": Setting(stage=3, accumulate=2),
+        "init": Setting(stage=3, init=True),
+        "init-bf16": Setting(stage=3, dtype="bf16", init=True),
+        "persistent": Setting(stage=3, zero={"stage3_param_persistence_threshold": 10}),
+        "hpz": Setting(stage=3, zero={"zero_hpz_partition_size": 2}),
+        "whole": Setting(stage=0),
+        "whole-bf16": Setting(stage=0, dtype="bf16"),
+        "adam_spd-0": Setting(stage=0, form="adam_spd"),
+        "adam_spd-2": Setting(stage=2, form="adam_spd"),
+        "adam_spd-2-cpu": Setting(stage=2, form="adam_spd", zero=OFFLOAD),
+        "adam_spd-3-init": Setting(stage=3, form="adam_spd", init=True),
+        "adam_spd-3-bf16": Setting(stage=3, dtype="bf16", form="adam_spd", zero=SUB),
+    }
+    for label, setting in variants.items():
+        for world in WORLDS:
+            grouped = label not in ("whole-bf16", "adam_spd-0")
+            yield _task(cases.agrees, label, world, setting=setting, grouped=grouped, slow=world == 4)
+    yield _task(cases.agrees, "one_rank", 1, setting=Setting(stage=2, dtype="bf16"), grouped=True)
+    yield _task(cases.agrees, "one_rank3", 1, setting=Setting(stage=3, zero=SUB), grouped=True)
+
+
+def _others() -> Iterator[Task]:
+    for world in WORLDS:
+        for stage in (1, 2, 3):
+            one = Setting(stage=stage)
+            slow = (world == 4) == (stage != 3)
+            for stem in SPD_FILES:
+                yield _task(
+                    cases.golden, f"{stage}-{stem}", world, setting=one, stem=stem, slow=stage == 1 or slow
+                )
+            yield _task(cases.agrees, f"{stage}-file", world, setting=one, grouped=True, file=True, slow=slow)
+            yield _task(cases.anchors, f"{stage}", world, setting=one, slow=slow)
+            yield _task(cases.anchors, f"{stage}-bf16", world, setting=Setting(stage=stage, dtype="bf16"))
+            sub = Setting(stage=stage, zero=SUB if stage == 3 else {})
+            yield _task(
+                cases.collectives, f"{stage}", world, setting=sub, expected=8 if stage == 3 else 3, deferred=1
+            )
+            for dtype in ("fp32", "bf16", "fp16"):
+                halves = Setting(stage=stage, dtype=dtype)
+                yield _task(
+                    cases.overflows, f"{stage}-{dtype}", world, setting=halves, slow=slow and dtype != "fp16"
+                )
+                yield _task(
+                    cases.resumes, f"{stage}-{dtype}", world, setting=halves, slow=slow or dtype == "fp16"
+                )
+            yield _task(cases.frozen_and_tied, f"{stage}", world, setting=one, slow=slow)
+            yield _task(cases.clipped, f"{stage}", world, setting=Setting(stage=stage, clip=1.0), slow=slow)
+            yield _task(cases.settings_in_json, f"{stage}", world, setting=one, slow=slow)
+            yield _task(cases.of_pattern, f"{stage}", world, setting=one, slow=slow)
+            yield _task(cases.other_base, f"{stage}-SGD", world, setting=one, name="SGD", slow=slow)
+        opt = Setting(stage=1, dtype="bf16_opt")
+        yield _task(cases.overflows, "bf16_opt", world, setting=opt, slow=world == 4)
+        yield _task(cases.resumes, "bf16_opt", world, setting=opt, slow=world == 4)
+        yield _task(cases.resumes, "whole", world, setting=Setting(stage=0), slow=world == 4)
+        yield _task(cases.anchors, "bf16_opt", world, setting=opt, slow=world == 2)
+        for stage in (2, 3):
+            low = Setting(stage=stage, dtype="bf16", top=MASTERS)
+            yield _task(cases.master_weights, f"{stage}", world, setting=low, slow=world == 4)
+
+
+TASKS = [*_matrix(), *_others()]
+
+
+@pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])
+def test_zero(task: Task, distributed: Callable[[Task], None]) -> None:
+    """What the case's function says."""
+    distributed(task)
