@@ -91,10 +91,9 @@ def _others() -> Iterator[Task]:
             yield _task(cases.agrees, f"{stage}-file", world, setting=one, grouped=True, file=True, slow=slow)
             yield _task(cases.anchors, f"{stage}", world, setting=one, slow=slow)
             yield _task(cases.anchors, f"{stage}-bf16", world, setting=Setting(stage=stage, dtype="bf16"))
-            sub = Setting(stage=stage, zero=SUB if stage == 3 else {})
-            yield _task(
-                cases.collectives, f"{stage}", world, setting=sub, expected=8 if stage == 3 else 3, deferred=1
-            )
+            sub = Setting(stage=stage, zero={"sub_group_size": 5} if stage == 3 else {})
+            inner = 5 if stage == 3 else 3
+            yield _task(cases.collectives, f"{stage}", world, setting=sub, inner_steps=inner)
             for dtype in ("fp32", "bf16", "fp16"):
                 halves = Setting(stage=stage, dtype=dtype)
                 yield _task(
