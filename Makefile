@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH := 2.13.0
+DEEPSPEED := 0.19.8
+OLD_DEEPSPEED := 0.16.9
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -13,6 +15,7 @@ BUILD := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)-$(BUILD)
 JOB_STAMP := $(VENV)/.installed-job
 DEV_STAMP := $(VENV)/.installed-dev
+OLD_STAMP := $(VENV)/deepspeed-$(OLD_DEEPSPEED)
 CONFIG ?= configs/recipes/quickstart.yaml
 PYTEST_ARGS ?=
 
@@ -27,8 +30,9 @@ quickstart: $(JOB_STAMP) ## set up and fine-tune on handwritten digits, AdamW be
 test: $(DEV_STAMP) ## set up and run the quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(DEV_STAMP) ## set up and run every test
+test-all: $(DEV_STAMP) $(OLD_STAMP) ## set up and run every test, DeepSpeed also in its oldest version
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	PYTHONPATH=$(OLD_STAMP) $(BIN)/python -m pytest tests/parity/test_zero.py $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## style, formatting, types and the direction of imports
 	$(BIN)/ruff check
@@ -69,5 +73,9 @@ $(JOB_STAMP): pyproject.toml $(TORCH_STAMP)
 
 $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "sharded_spd, the fine-tuning command, the test and the checking tools"
-	$(PIP) install -qq -e ".[job,test,dev]" "torch==$(TORCH)"
+	$(PIP) install -qq -e ".[job,deepspeed,test,dev]" "torch==$(TORCH)" "deepspeed==$(DEEPSPEED)"
 	@touch $@ $(JOB_STAMP)
+
+$(OLD_STAMP): $(DEV_STAMP)
+	$(PIP) install -qq --no-deps --target $@ "deepspeed==$(OLD_DEEPSPEED)"
+	@touch $@

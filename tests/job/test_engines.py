@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.job.commands import ROOT, environment, finished, metrics, results
+from tests.job.commands import COMMAND, ROOT, environment, finished, metrics, results
 
-RANKS = {"single": 1, "ddp": 2, "fsdp2": 2}
+RANKS = {"single": 1, "ddp": 2, "fsdp2": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+OFFLOAD = {"zero1_offload": 2, "zero2_offload": 2, "zero3_offload": 2}
+LAUNCHERS = {"zero2": "deepspeed.sh", "zero3": "accelerate.sh"}
+ENGINES = [*RANKS, *(pytest.param(name, marks=pytest.mark.slow) for name in OFFLOAD)]
 
 SCORE = """
 import sys, torch
@@ -31,13 +34,22 @@ def run(home: Path, tiny_job: Path) -> Callable[[str], Path]:
     @cache
     def start(engine: str) -> Path:
         out = home / f"run-{engine}"
-        finished(str(tiny_job), f"engine={engine}", f"ranks={RANKS[engine]}", f"output_dir={out}", cache=home)
+        settings = [f"ranks={ {**RANKS, **OFFLOAD}[engine] }", f"output_dir={out}"]
+        if engine.startswith("zero"):
+            file = ROOT / "configs" / "deepspeed" / f"{engine}.json"
+            settings.append(f"engine={{name: deepspeed, config: {file}}}")
+        else:
+            settings.append(f"engine={engine}")
+        command = COMMAND
+        if engine in LAUNCHERS:
+            command = [str(ROOT / "launch" / LAUNCHERS[engine]), "2"]
+        finished(str(tiny_job), *settings, cache=home, command=command)
         return out
 
     return start
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ENGINES[1:])
 def test_engines_train_alike(engine: str, run: Callable[[str], Path]) -> None:
     expected, got = metrics(run("single"), "step"), metrics(run(engine), "step")
     assert [(s["method"], s["step"]) for s in got] == [("adamw", 1), ("adamw", 2), ("spd", 1), ("spd", 2)]

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.config import NamedBlock
+from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.strict import build, choice
 from sharded_spd.integrations.finetune.world import World
+from sharded_spd.integrations.finetune.zero import DeepSpeed
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoOptions:
-    """An engine without settings of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,69 +30,6 @@ class FSDP2Options:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     blocks: tuple[str, ...] = ()
-
-
-class Engine(ABC):
-    """One model under one engine: wrap it, train it, gather it."""
-
-    options: ClassVar[type[Any]] = NoOptions
-
-    def __init__(self, model: nn.Module, options: Any, world: World) -> None:
-        self.options_given = options
-        self.world = world
-        self.model = self.wrap(model.to(world.device))
-
-    @property
-    def named_model(self) -> nn.Module:
-        """The module whose parameter names are the checkpoint's own."""
-        return self.model
-
-    @abstractmethod
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as this engine trains it, collective."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Form the gradients of `loss`; they are averaged over the ranks when this returns."""
-        loss.backward()
-
-    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
-        """Clip, step and clear the gradients."""
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def after_evaluation(self) -> None:
-        """Put the parameters back as training wants them after a forward without gradients."""
-        return
-
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The whole model on the main rank's CPU, by FQN; empty on the others. Collective."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return state
-
-    def squared_distance(self, start: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-        """|w - start|^2 and |start|^2 over the whole model, collective; `start` is from `local_copy`."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for name, tensor in self.local_tensors().items():
-            before = start[name].double()
-            own = torch.stack([(tensor.double() - before).square().sum(), before.square().sum()])
-            sums += own.to(sums.device)  # offloaded shards are on the host
-        distance, size = self.sum_over_shards(sums).tolist()
-        return distance, size
-
-    def local_copy(self) -> dict[str, torch.Tensor]:
-        """A copy of what this rank holds of each parameter."""
-        return {name: tensor.clone() for name, tensor in self.local_tensors().items()}
-
-    def local_tensors(self) -> dict[str, torch.Tensor]:
-        """What this rank holds of each parameter."""
-        return {name: p.detach() for name, p in self.named_model.named_parameters()}
-
-    def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
-        """Add up what the ranks hold of one copy of the model (modified in place)."""
-        return values
 
 
 class Single(Engine):
@@ -194,7 +126,12 @@ def _blocks(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     return found
 
 
-ENGINES: Mapping[str, type[Engine]] = {"single": Single, "ddp": DDP, "fsdp2": FSDP2}
+ENGINES: Mapping[str, type[Engine]] = {
+    "single": Single,
+    "ddp": DDP,
+    "fsdp2": FSDP2,
+    "deepspeed": DeepSpeed,
+}
 
 
 def engine_factory(block: NamedBlock, world: World) -> Callable[[nn.Module], Engine]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from sharded_spd.integrations.finetune.data import ImageSet
-from sharded_spd.integrations.finetune.engines import Engine
+from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.tasks import Task
 
 

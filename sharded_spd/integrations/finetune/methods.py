@@ -13,7 +13,7 @@ from sharded_spd.api import attach
 from sharded_spd.config import AnchorConfig, SPDConfig
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, PLAIN, JobConfig, TrainConfig
-from sharded_spd.integrations.finetune.engines import Engine
+from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.projector import Projector
 
 
@@ -49,11 +49,14 @@ def set_up(
 
     `names`: FQN to the stored name in `checkpoint`, the anchor unless the `spd` block says otherwise.
     """
-    if method.name == PLAIN:
-        return make_optimizer(engine, config.train, weight_decay=config.train.adamw_weight_decay), None
-    optimizer = make_optimizer(engine, config.train, weight_decay=0.0)
+    plain = method.name == PLAIN
+    decay = config.train.adamw_weight_decay if plain else 0.0
+    optimizer = make_optimizer(engine, config.train, weight_decay=decay)
+    target = engine.prepare(optimizer, config.train)
+    if plain:
+        return optimizer, None
     spd = _with_anchor(config.spd_config(method.name, method.weight_decay), checkpoint, names)
-    return optimizer, attach(optimizer, engine.named_model, spd)
+    return optimizer, attach(target, engine.named_model, spd)
 
 
 def _with_anchor(spd: SPDConfig, checkpoint: Path, names: Mapping[str, str]) -> SPDConfig:

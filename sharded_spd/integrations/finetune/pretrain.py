@@ -69,6 +69,7 @@ def make_checkpoint(
         )
     engine = engine_factory(pretrain.engine, world)(model)
     optimizer = make_optimizer(engine, pretrain.train, weight_decay=pretrain.train.adamw_weight_decay)
+    engine.prepare(optimizer, pretrain.train)
     fit(
         engine,
         optimizer,

@@ -12,7 +12,7 @@ import torch
 
 from sharded_spd.integrations.finetune.config import TrainConfig
 from sharded_spd.integrations.finetune.data import ImageSet
-from sharded_spd.integrations.finetune.engines import Engine
+from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.world import Interrupted, StopRequest, World
 

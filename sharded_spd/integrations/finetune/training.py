@@ -14,7 +14,8 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import names_in_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.data import ImageSet, Splits
-from sharded_spd.integrations.finetune.engines import Engine, engine_factory
+from sharded_spd.integrations.finetune.engine_base import Engine
+from sharded_spd.integrations.finetune.engines import engine_factory
 from sharded_spd.integrations.finetune.evaluate import evaluate
 from sharded_spd.integrations.finetune.methods import Method, set_up
 from sharded_spd.integrations.finetune.progress import Display

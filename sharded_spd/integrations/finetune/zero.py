@@ -1,0 +1,179 @@
+"""The job under DeepSpeed, whose JSON says which ZeRO stage, offload and precision."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.deepspeed import disable_shm_op, import_deepspeed
+from sharded_spd.integrations.finetune.config import TrainConfig
+from sharded_spd.integrations.finetune.engine_base import Engine
+
+_OURS = {
+    "optimizer": "the job makes its own AdamW, see `train`",
+    "scheduler": "the job has its own schedule, see `train.schedule`",
+    "sharded_spd": "the job has its own block `spd`",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedOptions:
+    """DeepSpeed's own JSON: the path of a file, and settings on top of it.
+
+    The batch size, clipping and learning rate are the job's: `train_*` keys of the JSON are not read, and a
+    clipping that differs from `train.max_grad_norm` is refused.
+    """
+
+    config: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> dict[str, Any]:
+        """The whole JSON.
+
+        Raises:
+            ConfigError: where the file cannot be read, is no JSON object, or settles what the job settles.
+        """
+        found: Any = {}
+        if self.config:
+            try:
+                found = json.loads(Path(self.config).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"config: {self.config} cannot be read as JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f"config: {self.config} holds a {type(found).__name__}; wanted an object")
+        whole = {**found, **self.settings}
+        for key, reason in _OURS.items():
+            if key in whole:
+                raise ConfigError(f"config: has a block {key!r}, but {reason}; take it out")
+        if whole.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+            raise ConfigError(
+                f"config: gradient_accumulation_steps is {whole['gradient_accumulation_steps']}; the job "
+                "takes one batch per step: wanted 1, and a larger train.batch_size"
+            )
+        return whole
+
+
+class DeepSpeed(Engine):
+    """ZeRO, as the JSON says; each rank has the whole model until DeepSpeed has taken over the optimizer."""
+
+    options = DeepSpeedOptions
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model itself, until `prepare`."""
+        if not torch.distributed.is_initialized():
+            raise ConfigError(
+                "engine: deepspeed needs a launcher's ranks: set ranks: 2 or more, or start with deepspeed, "
+                "torchrun or accelerate launch"
+            )
+        self.json = self.options_given.load()
+        self.module = model
+        self._engine: Any = None
+        return model
+
+    @property
+    def named_model(self) -> nn.Module:
+        """The module inside of DeepSpeed's engine."""
+        return self.module
+
+    def prepare(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+        """Have DeepSpeed take over model and optimizer.
+
+        Raises:
+            ConfigError: where the JSON clips otherwise than the job, or DeepSpeed refuses the JSON.
+        """
+        if self.world.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        for key, value in {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+            os.environ.setdefault(key, value)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed = import_deepspeed()
+        if self.world.device.type == "cpu":
+            disable_shm_op()
+        clip = config.max_grad_norm or 0.0
+        given = self.json.get("gradient_clipping", "auto")
+        if given not in ("auto", clip):
+            raise ConfigError(
+                f"engine.config: gradient_clipping is {given}, train.max_grad_norm {config.max_grad_norm}; "
+                'wanted the same in both, or "auto" in the JSON'
+            )
+        whole = {key: value for key, value in self.json.items() if not key.startswith("train_")}
+        whole |= {"gradient_clipping": clip, "gradient_accumulation_steps": 1}
+        whole["train_micro_batch_size_per_gpu"] = -(-config.batch_size // self.world.size)
+        whole.setdefault("zero_force_ds_cpu_optimizer", False)  # the job's AdamW is kept under offload
+        try:
+            self._engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=whole)
+        except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
+            raise ConfigError(f"engine.config: DeepSpeed does not take it: {error}") from error
+        self.model = self._engine
+        self.module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        return self._engine
+
+    @property
+    def _sharded(self) -> bool:
+        return self._engine is not None and self._engine.zero_optimization_stage() == 3
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed's own: it scales the loss, and averages over the ranks."""
+        self._engine.backward(loss)
+
+    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
+        """DeepSpeed's own: it clips as its configuration says, and clears the gradients."""
+        self._engine.step()
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The whole model on the main rank's CPU, one layer gathered at a time."""
+        state: dict[str, Tensor] = {}
+        copies: dict[Tensor, Tensor] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if parameter not in copies:
+                copies[parameter] = self._gathered(parameter)
+            if self.world.main:
+                state[name] = copies[parameter]
+        if self.world.main:
+            buffers = {name: tensor for name, tensor in self.module.state_dict().items() if name not in state}
+            state |= {name: tensor.cpu().clone() for name, tensor in buffers.items()}
+        return state
+
+    def _gathered(self, parameter: nn.Parameter) -> Tensor:
+        gather = import_deepspeed().zero.GatheredParameters
+        with gather([parameter], enabled=self._sharded):
+            return parameter.detach().cpu().clone() if self.world.main else torch.empty(0)
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """This rank's partition of each parameter at stage 3, else the whole parameters."""
+        return dict(self._local())
+
+    def _local(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if not self._sharded:
+                yield name, parameter.detach()
+                continue
+            part: Any = parameter
+            length = part.partition_numel()
+            start = torch.distributed.get_rank(part.ds_process_group) * length
+            yield name, part.ds_tensor.detach()[: max(0, min(length, part.ds_numel - start))]
+
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        """Summed over all ranks where each holds another part."""
+        return self.world.sum_(values) if self._sharded else values
+
+
+def _cast_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs in the model's own precision: DeepSpeed casts the weights alone."""
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(a) for a in args), {key: cast(value) for key, value in kwargs.items()}
