@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +15,7 @@ import sharded_spd.plan
 from sharded_spd import SPDConfig, attach
 from sharded_spd.config import AnchorConfig, LayerConfig
 from sharded_spd.errors import AnchorError
+from sharded_spd.integrations.deepspeed import load_checkpoint, save_checkpoint
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.golden import read_golden
 from tests.reference.oracle import BaseOracle, LayerOptions, Oracle
@@ -125,7 +127,7 @@ def agrees(
         config = replace(config, defer=True)
     training = ZeroTraining(start, options, setting, config=config)
     oracle: Oracle | BaseOracle = Oracle(start, other if file else start, options)
-    if setting.stage == 0 and setting.dtype == "bf16":  # DeepSpeed steps once while it makes the engine
+    if hasattr(training.engine.optimizer, "fp32_groups"):  # DeepSpeed stepped once while it made the engine
         oracle.step({name: torch.zeros_like(w) for name, w in start.items()})
     follow(training, oracle, start, drawn(setting, 8))
     assert_replicas(training)
@@ -329,16 +331,20 @@ def resumes(engine: Engine, *, setting: Setting) -> None:
     first = ZeroTraining(start, GROUPS, setting, config=config)
     for given in grads[:4]:
         first.step(given)
-    first.engine.save_checkpoint(folder, tag="t", client_state={"spd": first.projector.state_dict()})
+    save_checkpoint(first.engine, first.projector, folder, tag="t", client_state={"mine": 7})
     for given in grads[4:]:
         first.step(given)
     want = first.masters()
     first.close()
     for own_state in (True, False):
         again = ZeroTraining(start, GROUPS, setting, config=config)
-        _, client = again.engine.load_checkpoint(folder, tag="t")
         if own_state:
-            again.projector.load_state_dict(client["spd"])
+            path, client = load_checkpoint(again.engine, again.projector, folder, tag="t")
+            assert path is not None
+            assert client["mine"] == 7
+            assert again.projector.num_steps == 4
+        else:
+            again.engine.load_checkpoint(folder, tag="t")
         again.steps = 4
         for given in grads[4:]:
             again.step(given)
@@ -347,7 +353,8 @@ def resumes(engine: Engine, *, setting: Setting) -> None:
     other = rounded(tensors(seed=3, dtype=torch.float32), setting)
     wrong = ZeroTraining(other, GROUPS, setting, config=config)
     refused(engine, lambda: wrong.engine.load_checkpoint(folder, tag="t"), (AnchorError,), "fingerprint")
-    refused(engine, lambda: wrong.projector.load_state_dict(client["spd"]), (AnchorError,), "fingerprint")
+    other_state = replaced_fingerprint(wrong.projector.state_dict())
+    refused(engine, lambda: wrong.projector.load_state_dict(other_state), (AnchorError,), "fingerprint")
     wrong.close()
     plain = ZeroTraining(start, SPD, setting, config=config)
     plain.projector.detach()
@@ -359,6 +366,50 @@ def resumes(engine: Engine, *, setting: Setting) -> None:
     adopted.engine.load_checkpoint(folder, tag="plain")
     adopted.step(grads[3])
     adopted.close()
+
+
+def replaced_fingerprint(state: Mapping[str, Any]) -> dict[str, Any]:
+    """As a run with another anchor would have it."""
+    return {**state, "fingerprint": "0" + state["fingerprint"][1:] + "x"}
+
+
+def saves_for_universal(engine: Engine, *, setting: Setting, folder: str) -> None:
+    """Half of a run, with a schedule, saved; the whole of it as the reference."""
+    start = rounded(tensors(dtype=torch.float32), setting)
+    training = ZeroTraining(start, GROUPS, _scheduled(setting), config=config_of(GROUPS))
+    for t, given in enumerate(drawn(setting, 9)):
+        if t == 4:
+            save_checkpoint(training.engine, training.projector, folder, tag="t")
+        training.step(given)
+    if engine.rank == 0:
+        rates = [group["lr"] for group in training.base.param_groups]
+        torch.save({"weights": training.masters(), "rates": rates}, f"{folder}/reference.pt")
+    else:
+        training.masters()
+    training.close()
+
+
+def loads_universal(engine: Engine, *, setting: Setting, folder: str) -> None:
+    """The other half at another world size: the groups' own settings, the schedule's lr, the same weights."""
+    start = rounded(tensors(dtype=torch.float32), setting)
+    setting = replace(_scheduled(setting), top={"checkpoint": {"load_universal": True}})
+    training = ZeroTraining(start, GROUPS, setting, config=config_of(GROUPS))
+    path, _ = load_checkpoint(training.engine, training.projector, folder, tag="universal")
+    assert path is not None
+    training.steps = 4
+    for given in drawn(setting, 9)[4:]:
+        training.step(given)
+    reference = torch.load(f"{folder}/reference.pt", weights_only=True)
+    assert [group["lr"] for group in training.base.param_groups] == pytest.approx(reference["rates"])
+    assert len({group["betas"] for group in training.base.param_groups}) == 2
+    assert_float32_parity(training.masters(), reference["weights"], start)
+    training.close()
+
+
+def _scheduled(setting: Setting) -> Setting:
+    return replace(
+        setting, scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    )
 
 
 def of_pattern(engine: Engine, *, setting: Setting) -> None:
