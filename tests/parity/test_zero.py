@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.parity import zero_cases as cases
+from tests.parity import zero_odd_cases as odd
 from tests.reference.golden import SPD_FILES
 from tests.support.launch import Task, run_tasks
 from tests.support.zero import OFFLOAD, Setting
@@ -122,7 +123,19 @@ def _others() -> Iterator[Task]:
             yield _task(cases.master_weights, f"{stage}", world, setting=low, slow=world == 4)
 
 
-TASKS = [*_matrix(), *_others()]
+def _odd() -> Iterator[Task]:
+    for stage in (1, 2):
+        yield _task(odd.experts, f"{stage}", 4, stage=stage, slow=stage == 1)
+    for stage in (1, 3):
+        yield _task(odd.sequence_parallel, f"{stage}", 4, stage=stage)
+        yield _task(odd.moved_attributes, f"{stage}", 2, stage=stage)
+        yield _task(odd.late_weights, f"{stage}", 2, setting=Setting(stage=stage))
+    yield _task(odd.wrong_targets, "", 2)
+    yield _task(odd.refusals, "", 2)
+    yield _task(odd.autocast, "", 2)
+
+
+TASKS = [*_matrix(), *_others(), *_odd()]
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])

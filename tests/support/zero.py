@@ -125,7 +125,7 @@ class ZeroTraining:
         config: SPDConfig | None = None,
         ties: Mapping[str, str] | None = None,
         frozen: Sequence[str] = (),
-        load: bool = True,
+        attached: bool = True,
     ) -> None:
         self.setting = setting
         deepspeed = set_up()
@@ -152,8 +152,10 @@ class ZeroTraining:
             config=setting.config(),
         )
         self.started = self.masters()
-        self.projector: Projector = attach(self.engine, config=None if setting.form == "adam_spd" else config)
         self.steps = 0
+        self.projector: Projector
+        if attached:
+            self.projector = attach(self.engine, config=None if setting.form == "adam_spd" else config)
 
     @property
     def base(self) -> torch.optim.Optimizer:
