@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -133,6 +134,28 @@ def _odd() -> Iterator[Task]:
     yield _task(odd.wrong_targets, "", 2)
     yield _task(odd.refusals, "", 2)
     yield _task(odd.autocast, "", 2)
+
+
+def _has_libaio() -> bool:
+    try:
+        ctypes.CDLL("libaio.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not _has_libaio(), reason="DeepSpeed's NVMe offload needs libaio (apt install libaio-dev)"
+)
+@pytest.mark.parametrize("file", [False, True])
+def test_optimizer_on_nvme(file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles DeepSpeed's async_io the first time, which takes minutes."""
+    monkeypatch.setattr("tests.support.launch.TASK_LIMIT", 600)
+    task = Task("nvme", "zero", 2, odd.nvme, {"file": file})
+    outcomes = run_tasks([task])
+    assert not any(outcomes.values()), outcomes[task.id]
 
 
 TASKS = [*_matrix(), *_others(), *_odd()]

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from sharded_spd import SPDConfig, attach
 from sharded_spd.errors import AnchorError, BindingError, UnsupportedError
-from tests.parity.cases import SPD, tensors
+from tests.parity.cases import SPD, gradients, tensors
 from tests.parity.zero_cases import drawn
-from tests.reference.oracle import BaseOracle, LayerOptions
-from tests.support.compare import assert_layers_close
+from tests.reference.oracle import BaseOracle, LayerOptions, Oracle
+from tests.support.compare import assert_float32_parity, assert_layers_close
 from tests.support.engines import Engine
 from tests.support.refusals import refused
+from tests.support.training import anchor_file, config_of
 from tests.support.zero import OFFLOAD, Setting, ZeroTraining, set_up
 
 STRONG = LayerOptions(lr=0.05, weight_decay=1.5)
@@ -124,6 +125,36 @@ def sequence_parallel(engine: Engine, *, stage: int) -> None:
         return torch.randn(6, 7, generator=generator) * (1 if t % 2 else -1)
 
     assert follow_what_arrives(made, inputs, 8) > 0
+
+
+def nvme(engine: Engine, *, file: bool) -> None:
+    """Partitions that are on disk at rest: bound from the model's own weights, or from a file."""
+    shapes = {"a": (1100, 1024), "b": (1024, 1001), "c": (37, 3)}
+    start = tensors(shapes, dtype=torch.float32)
+    other = tensors(shapes, dtype=torch.float32, seed=7) if file else start
+    place = {"device": "nvme", "nvme_path": str(engine.scratch), "buffer_count": 4, "pin_memory": False}
+    setting = Setting(stage=3, zero={"sub_group_size": 1_100_000, "offload_optimizer": place})
+    anchor = anchor_file(engine, other) if file else "snapshot"
+    training = ZeroTraining(start, SPD, setting, config=config_of(dict.fromkeys(start, SPD), anchor))
+    flats = training.engine.optimizer.fp32_partitioned_groups_flat
+    assert any(flat.numel() == 0 for flat in flats), "nothing is on disk"
+    oracle, pulled = Oracle(start, other, SPD), 0
+    for given in gradients(start, 6):
+        training.step(given)
+        pulled += sum(one.s != 0 for one in oracle.step(given).values())
+    assert pulled >= 3
+    got = {}
+    import deepspeed
+
+    for name, p in training.engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p]):
+            got[name] = p.detach().clone()
+    assert_float32_parity(got, oracle.weights, start)
+    training.projector.detach()
+    refused(
+        engine, lambda: attach(training.engine, config=SPDConfig(defer=True)), (UnsupportedError,), "NVMe"
+    )
+    training.engine.destroy()
 
 
 def refusals(engine: Engine) -> None:
