@@ -47,6 +47,10 @@ def attach(
         ValueError: for a configuration or an anchor that does not fit the model.
         TypeError: for a target that is no optimizer, or one that projects already.
     """
+    if model is not None and not isinstance(model, Module):
+        raise UnsupportedError(
+            f"got model={type(model).__name__}; wanted a torch.nn.Module: settings go by name, config=..."
+        )
     if is_deepspeed_engine(target):
         return _attach_engine(target, config)
     optimizers = [_unwrap(t) for t in (target if isinstance(target, Sequence) else [target])]

@@ -194,7 +194,10 @@ def settings_in_json(engine: Engine, *, setting: Setting) -> None:
     block = {"weight_decay": 1.5, "defer": True, "layers": [zero_head]}
     params = {"lr": SPD.lr, "weight_decay": 0.0, "torch_adam": True}
     setting = replace(
-        setting, block={"type": "AdamW", "params": params}, top={**setting.top, "sharded_spd": block}
+        setting,
+        block={"type": "AdamW", "params": params},
+        top={**setting.top, "sharded_spd": block},
+        folder=engine.scratch if engine.world == 2 else None,
     )
     training = ZeroTraining(start, SPD, setting)
     anchors = {n: torch.zeros_like(w) if n == "head.weight" else w for n, w in start.items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ class Setting:
     """What the JSON says and how the package is used.
 
     `dtype` "bf16_opt" is DeepSpeed's BF16_Optimizer. `zero` goes into the block zero_optimization, `top`
-    stands beside it. `block` is an optimizer for the JSON instead of a client's. `form` as in `Training`.
+    stands beside it. With a `folder` the JSON is a file there. `block` is an optimizer for the JSON instead of a client's. `form` as in `Training`.
     """
 
     stage: int
@@ -41,6 +43,7 @@ class Setting:
     clip: float = 0.0
     base: type[torch.optim.Optimizer] = torch.optim.Adam
     scheduler: Any = None
+    folder: Path | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -113,6 +116,12 @@ def set_up() -> Any:
     return deepspeed
 
 
+def _written(setting: Setting, folder: Path) -> str:
+    path = folder / f"ds{dist.get_rank()}.json"
+    path.write_text(json.dumps(setting.config()))
+    return str(path)
+
+
 class ZeroTraining:
     """An engine around a probe of `tensors`, and the projector attached to it."""
 
@@ -149,7 +158,7 @@ class ZeroTraining:
             if optimizer is None
             else None,
             lr_scheduler=setting.scheduler,
-            config=setting.config(),
+            config=setting.config() if setting.folder is None else _written(setting, setting.folder),
         )
         self.started = self.masters()
         self.steps = 0
@@ -192,6 +201,9 @@ class ZeroTraining:
         if hasattr(wrapper, "fp32_groups"):
             for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 unfused.update(zip(low, high, strict=True))
+        if hasattr(wrapper, "fp32_groups_flat"):  # the same around a fused optimizer: a flat per group
+            for low, flat in zip(wrapper.fp16_groups, wrapper.fp32_groups_flat, strict=True):
+                unfused.update(zip(low, flat.split([p.numel() for p in low]), strict=True))
         for name, p in self.engine.module.named_parameters():
             if not p.requires_grad:
                 continue
