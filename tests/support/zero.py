@@ -29,7 +29,8 @@ class Setting:
     """What the JSON says and how the package is used.
 
     `dtype` "bf16_opt" is DeepSpeed's BF16_Optimizer. `zero` goes into the block zero_optimization, `top`
-    stands beside it. With a `folder` the JSON is a file there. `block` is an optimizer for the JSON instead of a client's. `form` as in `Training`.
+    stands beside it. With a `folder` the JSON is a file there. `block` is an optimizer for the JSON instead
+    of a client's. `form` as in `Training`.
     """
 
     stage: int
