@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import pytest
 
 from tests.parity import zero_cases as cases
 from tests.parity import zero_odd_cases as odd
+from tests.parity import zero_seen_cases as seen
 from tests.reference.golden import SPD_FILES
 from tests.support.launch import Task, run_tasks
 from tests.support.zero import OFFLOAD, Setting
@@ -158,11 +163,92 @@ def test_optimizer_on_nvme(file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(outcomes.values()), outcomes[task.id]
 
 
-TASKS = [*_matrix(), *_others(), *_odd()]
+def _seen() -> Iterator[Task]:
+    """What rounds, clips, accumulates or communicates otherwise; all quick at 2 ranks."""
+    static = {"fp16": {"loss_scale": 8}}
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+    predivided = {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
+    both = {"accumulate": 2, "clip": 1.0}
+    hpz = {"zero_hpz_partition_size": 2, "overlap_comm": True}
+    one_by_one = {"contiguous_gradients": False, "round_robin_gradients": True}
+    settings = {
+        "1-bf16": Setting(stage=1, dtype="bf16"),
+        "1-bf16_opt-both": Setting(stage=1, dtype="bf16_opt", **both),
+        "1-fp16-static": Setting(stage=1, dtype="fp16", top=static),
+        "1-all_reduce": Setting(stage=1, zero={"reduce_scatter": False, "contiguous_gradients": False}),
+        "2-bf16-both": Setting(stage=2, dtype="bf16", **both),
+        "2-bf16-cpu-clip": Setting(stage=2, dtype="bf16", clip=1.0, zero=OFFLOAD),
+        "2-bf16-sums": Setting(stage=2, dtype="bf16", top=sums, accumulate=2),
+        "2-bf16-round_robin": Setting(stage=2, dtype="bf16", zero=one_by_one),
+        "2-bf16-buckets": Setting(
+            stage=2, dtype="bf16", zero={"overlap_comm": True, "reduce_bucket_size": 32}
+        ),
+        "2-fp16-both": Setting(stage=2, dtype="fp16", **both),
+        "2-predivided": Setting(stage=2, zero={"reduce_scatter": False}, top=predivided),
+        "3-bf16-sub": Setting(stage=3, dtype="bf16", zero=SUB),
+        "3-bf16-params-both": Setting(stage=3, dtype="bf16", zero=PARAMS, **both),
+        "3-bf16-sums": Setting(stage=3, dtype="bf16", top=sums, accumulate=2),
+        "3-bf16-hpz": Setting(stage=3, dtype="bf16", zero=hpz),
+        "3-fp16-static-clip": Setting(stage=3, dtype="fp16", clip=1.0, top=static),
+    }
+    for i, (label, setting) in enumerate(settings.items()):
+        for world in WORLDS:
+            for defer in (False, True):
+                slow = world == 4 or defer != (i % 2 == 1)
+                name = f"{label}{'-defer' if defer else ''}"
+                options = {"setting": setting, "grouped": True, "defer": defer}
+                yield _task(seen.agrees_with_what_arrives, name, world, slow=slow, **options)
+
+
+def _kernels() -> Iterator[Task]:
+    fused = {
+        "0": Setting(stage=0),
+        "0-bf16": Setting(stage=0, dtype="bf16"),
+        "1-bf16_opt": Setting(stage=1, dtype="bf16_opt"),
+        "2-bf16": Setting(stage=2, dtype="bf16"),
+        "3": Setting(stage=3),
+    }
+    offloaded = {
+        "1": Setting(stage=1, zero=OFFLOAD),
+        "2-bf16": Setting(stage=2, dtype="bf16", zero=OFFLOAD),
+        "3-bf16-sub": Setting(stage=3, dtype="bf16", zero={**SUB, **OFFLOAD}),
+    }
+    for kind, settings in (("FusedAdam", fused), ("DeepSpeedCPUAdam", offloaded)):
+        for label, setting in settings.items():
+            for world in WORLDS:
+                options = {"setting": setting, "kind": kind}
+                task = _task(seen.kernel_base, f"{label}-{kind}", world, slow=True, **options)
+                yield replace(task, engine="zero_kernels")
+
+
+TASKS = [*_matrix(), *_others(), *_odd(), *_seen()]
+KERNEL_TASKS = list(_kernels())
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])
 def test_zero(task: Task, distributed: Callable[[Task], None]) -> None:
+    """What the case's function says."""
+    distributed(task)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> None:
+    """DeepSpeed's kernels for the CPU, compiled where they are not yet: longer than a rank may take."""
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which("ninja", path=path) is None or shutil.which("g++", path=path) is None:
+        pytest.skip("DeepSpeed compiles its optimizers with g++ and ninja")
+    build = "from deepspeed.accelerator import get_accelerator as accelerator\n" + "\n".join(
+        f"accelerator().create_op_builder({name!r}).load()" for name in ("FusedAdamBuilder", "CPUAdamBuilder")
+    )
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", build]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("task", [pytest.param(t, id=t.id, marks=t.marks) for t in KERNEL_TASKS])
+def test_kernel_base(task: Task, distributed: Callable[[Task], None]) -> None:
     """What the case's function says."""
     distributed(task)
 

@@ -171,4 +171,5 @@ ENGINES = {
     "fsdp2_offload": _offload,
     "fsdp2_mixed": _mixed,
     "zero": Engine,  # tests.support.zero makes the DeepSpeed engine of each case
+    "zero_kernels": Engine,  # the same, where DeepSpeed compiles its optimizer
 }
