@@ -138,7 +138,7 @@ def _odd() -> Iterator[Task]:
         yield _task(odd.late_weights, f"{stage}", 2, setting=Setting(stage=stage))
     yield _task(odd.wrong_targets, "", 2)
     yield _task(odd.refusals, "", 2)
-    yield _task(odd.autocast, "", 2)
+    yield replace(_task(odd.autocast, "", 2), engine="zero_autocast")
 
 
 def _has_libaio() -> bool:

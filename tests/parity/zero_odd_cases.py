@@ -189,7 +189,7 @@ def _force(block: Any, key: str, value: Any) -> None:
 
 
 def autocast(engine: Engine) -> None:
-    """DeepSpeed's autocast leaves its mark on the process, so this case comes last."""
+    """DeepSpeed's autocast leaves its mark on the process, so this case has a launch of its own."""
     start = tensors(dtype=torch.float32)
     setting = Setting(stage=1, top={"torch_autocast": {"enabled": True, "dtype": "float16"}})
     training = ZeroTraining(start, SPD, setting, attached=False)

@@ -171,5 +171,6 @@ ENGINES = {
     "fsdp2_offload": _offload,
     "fsdp2_mixed": _mixed,
     "zero": Engine,  # tests.support.zero makes the DeepSpeed engine of each case
+    "zero_autocast": Engine,  # the same, where DeepSpeed leaves its mark on the process
     "zero_kernels": Engine,  # the same, where DeepSpeed compiles its optimizer
 }
