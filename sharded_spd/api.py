@@ -30,8 +30,7 @@ def attach(
     """Project the layers that `target` steps toward their anchors, whatever optimizer it is.
 
     Works through the step hooks of `torch.optim.Optimizer`; the optimizer's type and state are left alone. A
-    closure
-    is wrapped: the statistics are taken when it returns.
+    closure is wrapped: the statistics are taken when it returns.
 
     Args:
         target: an optimizer, a sequence of optimizers over one model, a wrapper around one (accelerate,
