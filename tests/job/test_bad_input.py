@@ -45,7 +45,7 @@ def say(
         ("checkpoint.x=1", ["checkpoint", "no settings of its own"]),
         ("ranks=two", ["ranks", "a whole number"]),
         ("engine=fsdp", ["engine", "did you mean 'fsdp2'"]),
-        ("engine.name=deepspeed", ["engine", "single, ddp, fsdp2"]),
+        ("engine.name=megatron", ["engine", "single, ddp, fsdp2, deepspeed"]),
         ("engine={name: fsdp2, reshard: true}", ["engine.reshard: unknown key", "reshard_after_forward"]),
         ("engine={name: fsdp2, param_dtype: float8}", ["engine.param_dtype", "bfloat16"]),
         ("engine={name: single, blocks: []}", ["engine.blocks: unknown key"]),

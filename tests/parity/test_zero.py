@@ -253,6 +253,35 @@ def test_kernel_base(task: Task, distributed: Callable[[Task], None]) -> None:
     distributed(task)
 
 
+@pytest.mark.timeout(120)
+def test_the_deepspeed_launcher_starts_the_same(tmp_path: Path) -> None:
+    """`deepspeed --num_gpus 2`, as users start it."""
+    root = Path(__file__).resolve().parents[2]
+    command = [
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--module",
+        "tests.parity.under_launcher",
+    ]
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path)],
+        cwd=root,
+        env={**kept, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.stdout.count("agrees: stage") == 3
+    assert "settings in the JSON" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", [1, 2, 3])
