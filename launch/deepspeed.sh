@@ -4,7 +4,7 @@
 #   launch/deepspeed.sh 2 configs/recipes/quickstart.yaml engine=@configs/engines/deepspeed.yaml
 #
 # The first argument is the number of ranks per machine; the rest goes to `sharded-spd finetune`. HOSTFILE names
-# DeepSpeed's list of machines. Without a GPU set DS_ACCELERATOR=cpu, as is done here where nvidia-smi finds none.
+# DeepSpeed's list of machines, MASTER_PORT a port for a second job on one machine. Without a GPU set DS_ACCELERATOR=cpu, as is done here where nvidia-smi finds none.
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[0-9]+$ ]]; then
@@ -17,7 +17,8 @@ shift
 if [[ -z ${DS_ACCELERATOR:-} ]] && ! nvidia-smi -L >/dev/null 2>&1; then
   export DS_ACCELERATOR=cpu
 fi
-hosts=()
-[[ -z ${HOSTFILE:-} ]] || hosts=(--hostfile "$HOSTFILE")
-exec "${PYTHON:-python}" -m deepspeed.launcher.runner "${hosts[@]}" --num_gpus "$ranks" \
+options=()
+[[ -z ${HOSTFILE:-} ]] || options+=(--hostfile "$HOSTFILE")
+[[ -z ${MASTER_PORT:-} ]] || options+=(--master_port "$MASTER_PORT")
+exec "${PYTHON:-python}" -m deepspeed.launcher.runner "${options[@]}" --num_gpus "$ranks" \
   "$(dirname "${BASH_SOURCE[0]}")/finetune.py" "$@"

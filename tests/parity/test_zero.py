@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -27,7 +28,8 @@ PARAMS = {**OFFLOAD, "offload_param": {"device": "cpu"}}
 SUB = {"sub_group_size": 20}
 MASTERS = {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 WORLDS = (2, 4)
-SKIPS = ("fp32", "bf16", "fp16") if version("deepspeed") >= "0.17" else ("fp16",)
+OLD = version("deepspeed").startswith("0.16.")
+SKIPS = ("fp16",) if OLD else ("fp32", "bf16", "fp16")
 """Precisions in which DeepSpeed skips a step that overflows."""
 
 
@@ -133,12 +135,14 @@ def _odd() -> Iterator[Task]:
     for stage in (1, 2):
         yield _task(odd.experts, f"{stage}", 4, stage=stage, slow=stage == 1)
     for stage in (1, 3):
-        yield _task(odd.sequence_parallel, f"{stage}", 4, stage=stage)
+        if not (OLD and stage == 3):  # its accessors do not know such partitions
+            yield _task(odd.sequence_parallel, f"{stage}", 4, stage=stage)
         yield _task(odd.moved_attributes, f"{stage}", 2, stage=stage)
         yield _task(odd.late_weights, f"{stage}", 2, setting=Setting(stage=stage))
     yield _task(odd.wrong_targets, "", 2)
     yield _task(odd.refusals, "", 2)
-    yield replace(_task(odd.autocast, "", 2), engine="zero_autocast")
+    if not OLD:  # which does not know torch_autocast
+        yield replace(_task(odd.autocast, "", 2), engine="zero_autocast")
 
 
 def _has_libaio() -> bool:
