@@ -4,7 +4,8 @@
 #   launch/deepspeed.sh 2 configs/recipes/quickstart.yaml engine=@configs/engines/deepspeed.yaml
 #
 # The first argument is the number of ranks per machine; the rest goes to `sharded-spd finetune`. HOSTFILE names
-# DeepSpeed's list of machines, MASTER_PORT a port for a second job on one machine. Without a GPU set DS_ACCELERATOR=cpu, as is done here where nvidia-smi finds none.
+# DeepSpeed's list of machines, MASTER_PORT a port for a second job on one machine. DS_ACCELERATOR=cpu is set where
+# nvidia-smi finds no GPU.
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[0-9]+$ ]]; then

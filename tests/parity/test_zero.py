@@ -261,11 +261,16 @@ def test_kernel_base(task: Task, distributed: Callable[[Task], None]) -> None:
 def test_the_deepspeed_launcher_starts_the_same(tmp_path: Path) -> None:
     """`deepspeed --num_gpus 2`, as users start it."""
     root = Path(__file__).resolve().parents[2]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
     command = [
         "-m",
         "deepspeed.launcher.runner",
         "--num_gpus",
         "2",
+        "--master_port",
+        port,
         "--module",
         "tests.parity.under_launcher",
     ]
