@@ -14,7 +14,7 @@ import typer
 from sharded_spd.errors import AnchorError, BindingError, ConfigError, UnsupportedError
 from sharded_spd.integrations.finetune.config import JobConfig, load_job
 from sharded_spd.integrations.finetune.launch import follow_supervisor, supervise
-from sharded_spd.integrations.finetune.world import RENDEZVOUS, started_as_rank
+from sharded_spd.integrations.finetune.world import started_as_rank
 
 USER_ERRORS = (ConfigError, AnchorError, BindingError, UnsupportedError)
 
@@ -76,13 +76,13 @@ def _start(job: JobConfig, arguments: Sequence[str]) -> int:
 
 
 def _leave(code: int) -> None:
-    """End this process. A rank that the command started skips the interpreter's own ending.
+    """End this process. A rank that a launcher started skips the interpreter's own ending.
 
     There gloo's threads have been seen to abort a job that was done and saved.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if RENDEZVOUS in os.environ:
+    if started_as_rank():
         os._exit(code)
     sys.exit(code)
 
