@@ -6,7 +6,7 @@ by private attributes, so nothing is believed that the live weights do not confi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,29 +170,33 @@ def _check_tiling(flat: Flat) -> None:
 
 
 def _check_values(flat: Flat) -> None:
-    """The master, rounded, is the weights that the model computes with (in pieces, to save memory)."""
-    master = flat.tensor.detach()
-    if master.numel() == 0:  # on NVMe
+    """The master, rounded, is the weights that the model computes with."""
+    if flat.tensor.numel() == 0:  # on NVMe
         return
-    for piece in flat.slices:
-        for begin in range(piece.offset, piece.offset + piece.numel, _CHUNK):
-            cut = slice(begin, min(begin + _CHUNK, piece.offset + piece.numel))
-            low = flat.low[cut]
-            if not torch.equal(master[cut].to(low.device, low.dtype), low):
-                raise _moved(
-                    f"layer {piece.layer!r}: the optimizer's master weights are not those of the model (or "
-                    "weights were loaded into the model after deepspeed.initialize, which DeepSpeed would "
-                    "overwrite: load them before it)"
-                )
+    for layer, part, low in _pieces(flat):
+        if not torch.equal(part.to(low.device, low.dtype), low):
+            raise _moved(
+                f"layer {layer!r}: the optimizer's master weights are not those of the model (or weights "
+                "were loaded into the model after deepspeed.initialize, which DeepSpeed would overwrite: "
+                "load them before it)"
+            )
 
 
 def holds_exactly(flat: Flat) -> bool:
-    """Whether `low` has every bit of the master."""
-    master = flat.tensor.detach()
-    return master.numel() == 0 or all(
-        torch.equal(a.to(b.device), b.to(a.dtype))
-        for a, b in zip(master.split(_CHUNK), flat.low.split(_CHUNK), strict=True)
+    """Whether `low` has every bit of the master's layers (what pads them is never written)."""
+    return flat.tensor.numel() == 0 or all(
+        torch.equal(part.to(low.device), low.to(part.dtype)) for _, part, low in _pieces(flat)
     )
+
+
+def _pieces(flat: Flat) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Layer by layer the same elements of the master and of `low`, in pieces of bounded size."""
+    master = flat.tensor.detach().view(-1)
+    for piece in flat.slices:
+        end = piece.offset + piece.numel
+        for begin in range(piece.offset, end, _CHUNK):
+            cut = slice(begin, min(begin + _CHUNK, end))
+            yield piece.layer, master[cut], flat.low[cut]
 
 
 def _need(owner: Any, name: str) -> Any:
