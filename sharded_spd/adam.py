@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,10 +13,11 @@ from torch.optim.adam import Adam, adam
 
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.plain import ParameterAdapter
-from sharded_spd.errors import AnchorError, BindingError, ConfigError
+from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.groups import check_fingerprint, keep_shown, num_layers, take_group
 from sharded_spd.projector import Projector
-from sharded_spd.rules import Rule, make_rule
-from sharded_spd.sources import GroupResolver, GroupSpec, Source, open_source, source_name
+from sharded_spd.rules import Rule
+from sharded_spd.sources import GroupResolver, GroupSpec, Source
 
 
 class AdamSPD(Adam):
@@ -74,7 +74,6 @@ class AdamSPD(Adam):
         self._projector: Projector | None = None
         # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
         adapter = ParameterAdapter([self], model)
-        self._model_names = dict(adapter.names)
         self._adapter = adapter
         super().__init__(
             params,
@@ -102,9 +101,7 @@ class AdamSPD(Adam):
         """Bind the anchors, or bind anew after sharding; see `Projector.bind`."""
         first = not self.projector.bound
         self.projector.bind(model)
-        if first:  # a checkpoint may have been loaded before
-            self._check_fingerprints(self.param_groups)
-        self._after_bind()
+        self._after_bind(loaded=first)
 
     def move_to(self, adapter: EngineAdapter, *, together: bool = False) -> Projector:
         """Project what an engine made of the parameters; bound anchors move along, cut to its shards.
@@ -119,13 +116,17 @@ class AdamSPD(Adam):
         self._after_bind()
         return projector
 
-    def _after_bind(self) -> None:
+    def _after_bind(self, *, loaded: bool = False) -> None:
+        """Show the fingerprints; `loaded`: a checkpoint may have been loaded before, whose they then are."""
         if not self.projector.bound:
             return
-        for spec, group, fingerprint in zip(
-            self._specs, self.param_groups, self.projector.group_fingerprints(self), strict=True
-        ):
-            group["anchor_fingerprint"] = fingerprint
+        # Inside of an optimizer that shares the parameters out, a group's layers are on all ranks together.
+        prints = self.projector.group_fingerprints(self, self._adapter.replicas)
+        if loaded:
+            self._check_fingerprints(self.param_groups, prints)
+        for spec, group, fingerprint in zip(self._specs, self.param_groups, prints, strict=True):
+            spec.shown["anchor_fingerprint"] = fingerprint
+            group.update(spec.shown)
             if spec.pre is not None:  # bound: this rank's shard is kept, the user's tensors are let go
                 spec.pre, spec.anchor = None, "snapshot"
 
@@ -133,28 +134,10 @@ class AdamSPD(Adam):
         """Add a group, and bind its anchors at once where the others are bound.
 
         Raises:
-            ValueError: for a negative lambda, an unknown rule, or `pre` of another length than `params`.
+            ValueError: for a negative lambda, an unknown rule, or lists of another length than `params`.
         """
-        group = {**self._own_defaults, **param_group}
-        zero_pre = "pre" in group and group["pre"] is None
-        pre = None if group.get("pre") is None else list(group["pre"])
-        group.pop("pre", None)
-        params = group["params"]
-        if not isinstance(params, set):  # torch refuses a set
-            group["params"] = params = self._with_names(
-                [params] if isinstance(params, Tensor) else list(params)
-            )
-        if pre is not None and len(pre) != len(params):
-            raise AnchorError(
-                f"group {len(self.param_groups)} has {len(params)} parameters but {len(pre)} anchors in "
-                "'pre'; wanted one anchor per parameter, in the same order, or pre=None for zero"
-            )
-        _check_scalars({**self.defaults, **group})
-        rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
-        # Equal rules are one: the projector settles all layers of an instance at once.
-        rule = next((s.rule for s in self._specs if s.rule == rule), rule)
-        spec = GroupSpec(rule, open_source("snapshot" if pre is not None else source), pre)
-        group["rule"], group["anchor"] = rule.name, "pre" if pre is not None else source_name(source)
+        group = {**self.defaults, **self._own_defaults, **param_group}
+        spec = take_group(group, len(self.param_groups), self._adapter.names, self._specs)
         super().add_param_group(group)
         self._specs.append(spec)
         self._deferred |= group["anchor"] == "deferred"
@@ -168,11 +151,6 @@ class AdamSPD(Adam):
                     self.projector.bind()
                 raise
 
-    def _with_names(self, params: list[Any]) -> list[Any]:
-        if self._model_names and all(isinstance(p, Tensor) and p in self._model_names for p in params):
-            return [(self._model_names[p], p) for p in params]
-        return params
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Adam, and the projection.
@@ -185,11 +163,22 @@ class AdamSPD(Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._keep_groups()
         self.projector.before_step(self)
         for group in self.param_groups:
             self._adam(group)
         self.projector.after_step(self)
         return loss
+
+    def _keep_groups(self) -> None:
+        """What an optimizer around this one has copied into the groups, out of a checkpoint it may be."""
+        for g, (spec, group) in enumerate(zip(self._specs, self.param_groups, strict=False)):
+            own = spec.shown.get("anchor_fingerprint")
+            if own is not None and self._adapter.replicas is not None:
+                check_fingerprint(
+                    group.get("anchor_fingerprint", own), own, group=g, num_params=num_layers(own)
+                )
+            keep_shown(group, spec)
 
     def _adam(self, group: dict[str, Any]) -> None:
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = _lists(6)
@@ -230,47 +219,43 @@ class AdamSPD(Adam):
             AnchorError: where the checkpoint was written with another anchor.
         """
         if self.projector.bound:
-            self._check_fingerprints(state_dict["param_groups"])
-        kept = [
-            {k: group[k] for k in ("rule", "anchor", "weight_decay", "max_pull")}
-            for group in self.param_groups
-        ]
+            own = [spec.shown["anchor_fingerprint"] for spec in self._specs]
+            self._check_fingerprints(state_dict["param_groups"], own)
+        strengths = [{k: group[k] for k in ("weight_decay", "max_pull")} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own, saved in zip(self.param_groups, kept, state_dict["param_groups"], strict=True):
+        for spec, strength, group, saved in zip(
+            self._specs, strengths, self.param_groups, state_dict["param_groups"], strict=True
+        ):
             # Of a plain Adam's checkpoint the weight_decay is another thing than lambda.
-            foreign = "rule" not in saved
-            group.update(own if foreign else {k: own[k] for k in ("rule", "anchor")})
+            group.update({**spec.shown, **({} if "rule" in saved else strength)})
         if "projector" in state_dict:
             self.projector.load_state_dict(state_dict["projector"])
-        self._after_bind()
 
-    def _check_fingerprints(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        own = self.projector.group_fingerprints(self)
-        for i, (group, now, mine) in enumerate(zip(groups, own, self.param_groups, strict=False)):
-            saved = group.get("anchor_fingerprint", now)
-            if saved != now and len(group["params"]) == len(mine["params"]):
-                raise AnchorError(
-                    f"group {i} of the checkpoint was written with anchor fingerprint {saved}, this "
-                    f"optimizer has {now}: another pre-trained model, or weights loaded before the anchor "
-                    "was taken; build the optimizer on the pre-trained weights, then load the checkpoint"
-                )
+    def _check_fingerprints(self, groups: Sequence[Mapping[str, Any]], prints: Sequence[str]) -> None:
+        for g, (saved, own, group) in enumerate(zip(groups, prints, self.param_groups, strict=False)):
+            num_params = len(group["params"])
+            if len(saved["params"]) == num_params:
+                check_fingerprint(saved.get("anchor_fingerprint", own), own, group=g, num_params=num_params)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: Adam's, and this rank's shards of the anchors."""
         own = {name: getattr(self, name) for name in ("_own_defaults", "_specs", "_deferred")}
+        known = self._adapter.names
+        names = [[known.get(p) for p in group["params"]] for group in self.param_groups]
         bound = self.projector.bound
         held = (self.projector.export_anchors(), self.projector.state_dict()) if bound else None
-        return {**super().__getstate__(), **own, "_held": held}
+        return {**super().__getstate__(), **own, "_held": held, "_names": names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, or (called by `load_state_dict`) only moments and groups."""
-        copied, held = "_held" in state, state.pop("_held", None)
+        copied, held, names = "_held" in state, state.pop("_held", None), state.pop("_names", [])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
             group.setdefault("max_pull", None)
         if copied:
-            self._model_names = {}
             self._adapter = adapter = ParameterAdapter([self])
+            for group, own in zip(self.param_groups, names, strict=True):
+                adapter.names |= {p: n for p, n in zip(group["params"], own, strict=True) if n is not None}
             self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True)
             if held is not None:
                 self._projector.adopt(*held)
@@ -280,18 +265,3 @@ class AdamSPD(Adam):
 
 def _lists(n: int) -> list[list[Tensor]]:
     return [[] for _ in range(n)]
-
-
-def _check_scalars(group: Mapping[str, Any]) -> None:
-    """Refuse a group's hyper-parameters out of range; tensors are not read."""
-    for key in ("lr", "eps", "weight_decay"):
-        _check_range(key, group[key], 0, math.inf)
-    for i, beta in enumerate(group["betas"]):
-        _check_range(f"betas[{i}]", beta, 0, 1)
-    if group["max_pull"] is not None and not group["max_pull"] > 0:
-        raise ConfigError(f"got max_pull {group['max_pull']}; wanted a number > 0, or None for no limit")
-
-
-def _check_range(key: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, Tensor) and not low <= value < high:
-        raise ConfigError(f"got {key} {value}; wanted {low} <= {key} < {high}")

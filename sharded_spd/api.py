@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from sharded_spd.adam import AdamSPD
 from sharded_spd.config import SPDConfig, load_config
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.deepspeed import deepspeed_adapter, is_deepspeed_engine, json_block
+from sharded_spd.engines.partitioned import share_of
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.errors import ConfigError, UnsupportedError
 from sharded_spd.projector import Projector
@@ -34,7 +36,8 @@ def attach(
 
     Args:
         target: an optimizer, a sequence of optimizers over one model, a wrapper around one (accelerate,
-            Lightning), or a DeepSpeed engine, after `deepspeed.initialize` and before `load_checkpoint`.
+            Lightning, ZeroRedundancyOptimizer, fairscale's OSS), or a DeepSpeed engine, after
+            `deepspeed.initialize` and before `load_checkpoint`.
         model: gives the parameters their names, which patterns and checkpoints need; an engine knows them.
         config: the settings; by default the block "sharded_spd" of an engine's JSON, else SPD with lambda 1
             and a snapshot of the weights as they are now.
@@ -52,15 +55,23 @@ def attach(
         )
     if is_deepspeed_engine(target):
         return _attach_engine(target, config)
-    optimizers = [_unwrap(t) for t in (target if isinstance(target, Sequence) else [target])]
-    if not optimizers:
+    found = [_unwrap(t) for t in (target if isinstance(target, Sequence) else [target])]
+    if not found:
         raise UnsupportedError("got an empty sequence of optimizers; wanted at least one")
+    optimizers = [optimizer for optimizer, _, _ in found]
     for optimizer in optimizers:
         if isinstance(optimizer, AdamSPD):
             raise UnsupportedError(
                 "AdamSPD projects by itself; attach to another optimizer, or use AdamSPD alone"
             )
-    return _attach(ParameterAdapter(optimizers, model), SPDConfig() if config is None else config)
+    groups = [group for _, _, group in found if group is not None]
+    if len({group.group_name for group in groups}) > 1:
+        raise UnsupportedError(
+            "got optimizers that share their parameters out over different process groups; wanted one group"
+        )
+    wholes = [whole for _, whole, _ in found] if groups else []
+    adapter = ParameterAdapter(optimizers, model, wholes=wholes, everywhere=groups[0] if groups else None)
+    return _attach(adapter, SPDConfig() if config is None else config)
 
 
 def _attach(adapter: EngineAdapter, config: SPDConfig) -> Projector:
@@ -107,8 +118,8 @@ def _deferred(anchor: Any) -> bool:
     return anchor is not None and anchor.source == "deferred"
 
 
-def _unwrap(target: Any) -> Optimizer:
-    """The optimizer inside accelerate's and Lightning's wrappers."""
+def _unwrap(target: Any) -> tuple[Optimizer, Optimizer, ProcessGroup | None]:
+    """The optimizer that steps, what shares its parameters out over the ranks (else itself), and these."""
     seen = target
     while isinstance(getattr(seen, "optimizer", None), Optimizer):
         seen = seen.optimizer
@@ -117,9 +128,10 @@ def _unwrap(target: Any) -> Optimizer:
             f"got {type(target).__name__} to attach to; wanted a torch.optim.Optimizer or several, or a "
             "DeepSpeed engine (not the optimizer that deepspeed.initialize gives)"
         )
-    _check_free(seen)
+    inner, group = share_of(seen) or (seen, None)
+    _check_free(inner)
     _check_no_flat(seen)
-    return seen
+    return inner, seen, group
 
 
 def _check_free(optimizer: Optimizer) -> None:

@@ -71,7 +71,8 @@ class ShardLayout:
     A layer that is split along two mesh axes stands in two scopes, which are summed one after the other.
     `model_fqns` are all the model's names, also of what no optimizer holds; empty where no model was given.
     `renamed` tells which layers had another name in the layout before this one. `everywhere` is the group of
-    all ranks where some have layers that others have not (experts), else None.
+    all ranks where some have layers that others have not (experts, optimizers that share the parameters out),
+    else None; `elsewhere` are the layers that only others have.
     """
 
     fqns: tuple[str, ...]
@@ -80,3 +81,4 @@ class ShardLayout:
     model_fqns: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     everywhere: ProcessGroup | None = None
+    elsewhere: tuple[str, ...] = ()

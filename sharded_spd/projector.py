@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -77,14 +80,21 @@ class Projector:
         """The fingerprint of all anchors, the same for every layout. Raises BindingError before `bind()`."""
         return self._require().fingerprint
 
-    def group_fingerprints(self, optimizer: Optimizer) -> list[str]:
-        """The fingerprint of the anchors of each of the optimizer's param groups."""
+    def group_fingerprints(self, optimizer: Optimizer, ranks: ProcessGroup | None = None) -> list[str]:
+        """The anchors' fingerprint of each param group, as "HASH/LAYERS", over all `ranks` together."""
         known = self._require().fingerprints
-        layers: dict[int, dict[str, tuple[int, ...]]] = {id(g): {} for g in optimizer.param_groups}
-        for shard in self._adapter.bind(optimizer, grads=False):
-            own = layers[id(shard.param_group)]
-            own.update({p.layer: known[p.layer] for p in shard.slices if p.layer in known})
-        return [combine(own) for own in layers.values()]
+        number = {id(group): str(g) for g, group in enumerate(optimizer.param_groups)}
+        layers = {
+            f"{number[id(shard.param_group)]} {piece.layer}": known[piece.layer]
+            for shard in self._adapter.bind(optimizer, grads=False)
+            for piece in shard.slices
+            if piece.layer in known
+        }
+        groups: list[dict[str, tuple[int, ...]]] = [{} for _ in number]
+        for key, prints in union(layers, ranks).items():
+            g, _, fqn = key.partition(" ")
+            groups[int(g)][fqn] = prints
+        return [f"{combine(own)}/{len(own)}" for own in groups]
 
     def _require(self) -> Binding:
         if self._binding is None:
@@ -130,7 +140,9 @@ class Projector:
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
         groups = self._adapter.agreement_groups
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
-        options = agree(lambda: self._resolve(layout, owners, self._adapter.named), groups)
+        theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
+        layout = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
+        options = agree(partial(self._resolve, layout, owners, self._adapter.named), groups)
         held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)

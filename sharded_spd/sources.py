@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sharded_spd.anchors import AnchorStore, FileAnchor, TensorAnchor, ZeroAnchor
 from sharded_spd.binding import LayerSettings
 from sharded_spd.config import AnchorConfig, SPDConfig
-from sharded_spd.errors import BindingError, ConfigError
+from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.layout import ShardLayout
 from sharded_spd.options import resolve_layers
 from sharded_spd.rules import Rule, make_rule
@@ -55,11 +55,15 @@ def _refuse_unnamed(what: str, layout: ShardLayout) -> None:
 
 @dataclass(slots=True)
 class GroupSpec:
-    """What a param group asked for that is no scalar; `pre`: anchors in the order of its parameters."""
+    """What a param group asked for that is no scalar; `pre`: anchors in the order of its parameters.
+
+    `shown` is what the group itself says of them: names and the anchors' fingerprint.
+    """
 
     rule: Rule
     anchor: AnchorStore | Literal["snapshot"]
     pre: Sequence[Tensor | None] | None = None
+    shown: dict[str, str] = field(default_factory=dict)
 
 
 class GroupResolver:
@@ -83,6 +87,11 @@ class GroupResolver:
             fqns = [fqn for fqn in layout.fqns if owners[fqn] is group]
             anchor = spec.anchor
             if spec.pre is not None:
+                if len(fqns) != len(spec.pre):
+                    raise AnchorError(
+                        f"'pre' has {len(spec.pre)} anchors for {len(fqns)} layers: a flat parameter holds "
+                        "several; anchor at a checkpoint's path, or at TensorAnchor({name: tensor})"
+                    )
                 anchor = TensorAnchor(dict(zip(fqns, spec.pre, strict=True)), source="pre")
             elif isinstance(anchor, FileAnchor) and not named and spec.rule.spec.anchored:
                 _refuse_unnamed(f"anchor {anchor.source}", layout)
@@ -109,7 +118,9 @@ class ConfigResolver:
         if self._config.layers and not named:
             _refuse_unnamed("a pattern under layers", layout)
         settings = {}
-        for fqn, own in resolve_layers(layout.fqns, self._config).items():
+        resolved = resolve_layers([*layout.fqns, *layout.elsewhere], self._config)
+        for fqn in layout.fqns:
+            own = resolved[fqn]
             rule = self._rule(own.rule, own.rule_options)
             anchor = self._store(own.anchor) if rule.spec.anchored else "snapshot"
             if isinstance(anchor, FileAnchor) and not named:

@@ -9,24 +9,22 @@ import re
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from sharded_spd.engines.parts import gather_whole, take_part
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.engines.zero_layout import Flat, holds_exactly, read_flats
 from sharded_spd.engines.zero_refusals import check_engine
 from sharded_spd.engines.zero_resume import GroupMarks
 from sharded_spd.errors import BindingError
-from sharded_spd.layout import BoundShard, FlatRange, Scope, ShardLayout, ShardSlice
+from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
-from sharded_spd.stats import all_reduce_
 
 _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 
@@ -231,18 +229,11 @@ class DeepSpeedAdapter:
         Collective over the layer's group.
         """
         piece, group = self._where[fqn]
-        whole = torch.zeros(prod(self._shapes[fqn]), dtype=local.dtype, device=local.device)
-        if isinstance(piece.region, FlatRange):
-            whole[piece.region.start : piece.region.start + piece.numel] = local
-        if group is not None:
-            all_reduce_(whole, group)
-        return whole.view(self._shapes[fqn]).cpu()
+        return gather_whole(local, piece, self._shapes[fqn], [] if group is None else [group])
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
         """This rank's part of a whole layer."""
-        piece, _ = self._where[fqn]
-        start = piece.region.start if isinstance(piece.region, FlatRange) else 0
-        return saved.reshape(-1)[start : start + piece.numel]
+        return take_part(saved, self._where[fqn][0])
 
 
 def _with_global_experts(fqns: Sequence[str], params: Sequence[Tensor]) -> Iterator[str]:

@@ -1,12 +1,13 @@
-"""Engines whose optimizer holds the model's own parameters: one process, DDP, FSDP2, HSDP, TP.
+"""Engines whose optimizer holds the model's parameters, or tensors that the wrapped model can explain.
 
-Plain tensors and DTensors, on any meshes, may mix in one optimizer: each parameter describes itself.
+One process, DDP, FSDP2, HSDP, TP: each parameter describes itself. FSDP1 and fairscale: the model's wrappers
+do. ZeroRedundancyOptimizer and OSS: whole parameters, others on every rank. All may mix in one optimizer.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sharded_spd.engines.base import made_up_name
@@ -27,6 +27,10 @@ from sharded_spd.engines.dtensor import (
     shard_groups,
     whole_slice,
 )
+from sharded_spd.engines.fairscale import BucketWatch
+from sharded_spd.engines.model import ModelView, is_flat, view_model
+from sharded_spd.engines.partitioned import names_of
+from sharded_spd.engines.parts import Part, gather_whole, take_part
 from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
@@ -35,7 +39,8 @@ from sharded_spd.names import clean_fqns
 class ParameterAdapter:
     """Describes the parameters of `optimizers`; names come from `model`, else from `param_names`.
 
-    `group`: ranks that hold replicas, where the model itself does not tell.
+    `group`: ranks that hold replicas, where the model itself does not tell. `wholes`: the optimizers around
+    `optimizers` where each of these has a share of the parameters, and `everywhere` their ranks.
     """
 
     def __init__(
@@ -44,42 +49,43 @@ class ParameterAdapter:
         model: Module | None = None,
         *,
         group: ProcessGroup | None = None,
+        wholes: Sequence[Optimizer] = (),
+        everywhere: ProcessGroup | None = None,
     ) -> None:
         self.optimizers: Sequence[Optimizer] = tuple(optimizers)
         self.named = False
         self.names: dict[Tensor, str] = {}
-        self._model_fqns: tuple[str, ...] = ()
-        self._slices: dict[Tensor, ShardSlice] = {}
         self.params: dict[str, Tensor] = {}
+        self._parts: dict[Tensor, Part] = {}
+        self._pieces: dict[str, tuple[ShardSlice, Part]] = {}
         self._groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._stepped: set[Optimizer] = set()
-        self._ddp_group = group
+        self._replicas = group
+        self._wholes, self._everywhere = tuple(wholes), everywhere
+        self._buckets = BucketWatch()
+        self._view = ModelView()
         self._model: Callable[[], Module | None] = lambda: None
-        self._learn_names(model)
+        self._look_at(model)
 
-    def _learn_names(self, model: Module | None) -> None:
+    def _look_at(self, model: Module | None) -> None:
         model = self._model() if model is None else model
         if model is None:
             return
-        self._model = weakref.ref(model)
-        if isinstance(model, DistributedDataParallel):
-            self._ddp_group = model.process_group
-        # An FSDP2 root stays unsharded after a forward without backward; its named parameters are then not
-        # the sharded ones that the optimizer holds.
-        for module in model.modules():
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard) and hasattr(module, "set_reshard_after_backward"):
-                reshard()
-        named = list(model.named_parameters(remove_duplicate=False))
-        self._model_fqns = tuple(clean_fqns([name for name, _ in named]))
-        self.names = {}
-        for fqn, (_, param) in zip(self._model_fqns, named, strict=True):
-            self.names.setdefault(param, fqn)
+        self._model, self._view = weakref.ref(model), view_model(model)
+        self._replicas = self._view.replicas or self._replicas
+        self.names = dict(self._view.names)
+
+    @property
+    def replicas(self) -> ProcessGroup | None:
+        """The ranks that hold replicas of a model which DistributedDataParallel wraps; None if unknown."""
+        return self._replicas
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
-        """The groups of all axes of the layers' meshes, replicated ones too, and DDP's."""
-        return [*self._groups.values(), *([self._ddp_group] if self._ddp_group is not None else [])]
+        """The groups of all axes of the layers' meshes, replicated ones too, DDP's, and `everywhere`."""
+        others = [g for g in (self._replicas, self._everywhere) if g is not None]
+        by_ranks = {tuple(dist.get_process_group_ranks(g)): g for g in others}
+        return list({**by_ranks, **self._groups}.values())
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
@@ -88,58 +94,81 @@ class ParameterAdapter:
             UnsupportedError: for a parameter that cannot be projected.
             BindingError: for two parameters under one name, or one that the model does not have.
         """
-        self._learn_names(model)
-        slices: dict[Tensor, ShardSlice] = {}
+        self._look_at(model)
+        parts: dict[Tensor, Part] = {}
+        pieces: dict[str, tuple[ShardSlice, Part]] = {}
         params: dict[str, Tensor] = {}
-        scopes: dict[tuple[int, ...], tuple[ProcessGroup, list[str]]] = {}
-        groups: dict[tuple[int, ...], ProcessGroup] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         named = True
         for fqn, param, own_name in self._walk():
             if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
                 return None
-            if param.is_complex() or not param.is_floating_point():
-                raise UnsupportedError(
-                    f"layer {fqn!r} has dtype {param.dtype}; wanted a real floating-point dtype"
-                )
-            if param in slices:
+            part = self._part(fqn, param)
+            if param in parts:
                 raise BindingError(
                     f"layer {fqn!r} is in the optimizers twice; give every parameter to one group only"
                 )
-            if fqn in params:
-                raise BindingError(
-                    f"two parameters are named {fqn!r}; wanted one name each: pass model.named_parameters()"
-                )
-            named = named and own_name
-            slices[param], params[fqn] = whole_slice(fqn, param), param
-            for group in shard_groups(param):
-                # By ranks, for equal meshes made twice have groups of their own: one reduction serves them.
-                ranks = tuple(dist.get_process_group_ranks(group))
-                scopes.setdefault(ranks, (group, []))[1].append(fqn)
-            for group in mesh_groups(param):
-                groups.setdefault(tuple(dist.get_process_group_ranks(group)), group)
-        if self.names and not any(param in self.names for param in params.values()):
+            parts[param], named = part, named and own_name
+            for piece, shape in zip(part.slices, part.shapes, strict=True):
+                if piece.layer in params:
+                    raise BindingError(
+                        f"two parameters are named {piece.layer!r}; wanted one name each: pass "
+                        "model.named_parameters()"
+                    )
+                params[piece.layer], shapes[piece.layer], pieces[piece.layer] = param, shape, (piece, part)
+        known = self._view.names.keys() | self._view.parts.keys()
+        if known and params and known.isdisjoint(params.values()):
             raise BindingError(
                 f"the model given has none of the optimizer's {len(params)} parameters; pass the model that "
                 "they were taken from, as it was then wrapped or sharded"
             )
-        renamed = {self._slices[p].layer: fqn for fqn, p in params.items() if p in self._slices}
-        self._slices, self.params, self._groups, self.named = slices, params, groups, named
-        shapes = {fqn: tuple(p.shape) for fqn, p in params.items()}
-        whole = tuple(Scope(group, tuple(layers)) for group, layers in scopes.values())
-        return ShardLayout(tuple(params), shapes, whole, self._model_fqns, renamed)
+        renamed = {
+            before.layer: now.layer
+            for param, part in parts.items()
+            if param in self._parts
+            for before, now in zip(self._parts[param].slices, part.slices, strict=False)
+        }
+        self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
+        self._groups = _by_ranks(group for part in parts.values() for group in part.groups)
+        scopes = _scopes(pieces)
+        everywhere = self._everywhere
+        return ShardLayout(tuple(params), shapes, scopes, self._view.fqns, renamed, everywhere=everywhere)
+
+    def _part(self, fqn: str, param: Tensor) -> Part:
+        if param.is_complex() or not param.is_floating_point():
+            raise UnsupportedError(
+                f"layer {fqn!r} has dtype {param.dtype}; wanted a real floating-point dtype"
+            )
+        part = self._view.parts.get(param)
+        if part is not None:
+            return part
+        if is_flat(param):
+            raise BindingError(
+                f"parameter {fqn!r} is cut by FullyShardedDataParallel, and only the wrapped model tells "
+                "which part of which layer it is; pass the outermost wrapper: AdamSPD(..., model=model), "
+                "attach(optimizer, model)"
+            )
+        numel, shape = local_tensor(param).numel(), tuple(param.shape)
+        split, groups = tuple(shard_groups(param)), tuple(mesh_groups(param))
+        return Part((whole_slice(fqn, param),), (shape,), numel, split, groups, flat=False)
 
     def _walk(self) -> Iterator[tuple[str, Tensor, bool]]:
         several = len(self.optimizers) > 1
+        whole, whole_named = names_of(self._wholes)
         for o, optimizer in enumerate(self.optimizers):
             prefix = f"optimizers[{o}]." if several else ""
             own = [n for g in optimizer.param_groups for n in g.get("param_names", ())]
             cleaned = dict(zip(own, clean_fqns(own), strict=True))
             for g, group in enumerate(optimizer.param_groups):
                 for i, param in enumerate(group["params"]):
-                    names = group.get("param_names", ())
-                    given = cleaned[names[i]] if i < len(names) else None
-                    name = self.names.get(param, given)
-                    yield prefix + made_up_name(g, i) if name is None else name, param, name is not None
+                    if param in self.names or param in self._view.parts:
+                        yield self.names.get(param, prefix + made_up_name(g, i)), param, True
+                    elif self._wholes:
+                        yield whole[param], param, whole_named
+                    elif i < len(group.get("param_names", ())):
+                        yield cleaned[group["param_names"][i]], param, True
+                    else:
+                        yield prefix + made_up_name(g, i), param, False
 
     def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
         """The local shard, local gradient and slice of every parameter of `optimizer`, in group order.
@@ -151,16 +180,16 @@ class ParameterAdapter:
         shards = []
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
-                piece = self._slices.get(param)
-                if piece is None:
+                part = self._parts.get(param)
+                if part is None:
                     self._raise_unknown(optimizer, group, g, i)
                     continue
-                if param.untyped_storage().size() == 0 and piece.numel and not isinstance(param, DTensor):
-                    self._raise_freed(piece.layer)
-                grad = self._grad(param, piece.layer) if grads else None
+                local = self._local(param, part)
+                grad = self._grad(param, part.slices[0].layer) if grads else None
                 has_state = bool(optimizer.state.get(param))
-                local = local_tensor(param)
-                shards.append(BoundShard(local, grad, (piece,), group, param.requires_grad, has_state))
+                shards.append(BoundShard(local, grad, part.slices, group, param.requires_grad, has_state))
+        if grads:
+            self._buckets.look(self._parts)
         return shards
 
     @staticmethod
@@ -182,12 +211,21 @@ class ParameterAdapter:
         )
 
     @staticmethod
-    def _raise_freed(fqn: str) -> None:
-        raise BindingError(
-            f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
-            "after use, not its shard; build the optimizer right after fully_shard, or call "
-            "model.reshard() before it is built"
-        )
+    def _local(param: Tensor, part: Part) -> Tensor:
+        local, fqn = local_tensor(param), part.slices[0].layer
+        if part.numel and param.untyped_storage().size() == 0 and not isinstance(param, DTensor):
+            raise BindingError(
+                f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
+                "after use, not its shard; build the optimizer right after fully_shard, or call "
+                "model.reshard() before it is built"
+            )
+        if local.numel() != part.numel:
+            raise BindingError(
+                f"the tensor of layer {fqn!r} has {local.numel()} elements, wanted {part.numel}: it was "
+                "sharded since the anchors were bound (call bind(model) with the wrapped model), or a "
+                "forward has gathered it and no backward has followed"
+            )
+        return local
 
     def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
         """One call, of everything."""
@@ -211,9 +249,33 @@ class ParameterAdapter:
         """Nothing: the projector's and AdamSPD's state carry it."""
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
-        """A DTensor like the parameter, or the plain tensor in the parameter's shape."""
-        return as_dtensor(local, self.params[fqn])
+        """A DTensor like the parameter, a plain tensor in its shape, or the whole layer where it is flat.
+
+        Collective over the layer's groups where it is flat.
+        """
+        piece, part = self._pieces[fqn]
+        if not part.flat:
+            return as_dtensor(local, self.params[fqn])
+        return gather_whole(local, piece, part.shapes[part.slices.index(piece)], part.split)
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
         """This rank's shard of what `export` gave."""
-        return local_tensor(saved).reshape(-1)
+        piece, part = self._pieces[fqn]
+        return take_part(saved, piece) if part.flat else local_tensor(saved).reshape(-1)
+
+
+def _by_ranks(groups: Iterable[ProcessGroup]) -> dict[tuple[int, ...], ProcessGroup]:
+    # By ranks, for equal meshes made twice have groups of their own: one reduction serves them.
+    result: dict[tuple[int, ...], ProcessGroup] = {}
+    for group in groups:
+        result.setdefault(tuple(dist.get_process_group_ranks(group)), group)
+    return result
+
+
+def _scopes(pieces: Mapping[str, tuple[ShardSlice, Part]]) -> tuple[Scope, ...]:
+    groups = _by_ranks(group for _, part in pieces.values() for group in part.split)
+    layers: dict[tuple[int, ...], list[str]] = {ranks: [] for ranks in groups}
+    for fqn, (_, part) in pieces.items():
+        for group in part.split:
+            layers[tuple(dist.get_process_group_ranks(group))].append(fqn)
+    return tuple(Scope(group, tuple(layers[ranks])) for ranks, group in groups.items())

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sharded_spd.engines.parts import overlap
 from sharded_spd.errors import UnsupportedError
 from sharded_spd.layout import FlatRange, ShardSlice
 
@@ -91,11 +92,7 @@ def _partitioned(
             if weight.untyped_storage().data_ptr() != buffer or not weight.is_contiguous():
                 raise _moved(f"layer {fqn!r} is no view of its group's buffer")
             start = int(weight.storage_offset())
-            first, last = max(start, begin), min(start + weight.numel(), begin + part.numel())
-            if first < last:
-                slices.append(ShardSlice(fqn, first - begin, last - first, FlatRange(first - start)))
-            else:
-                slices.append(ShardSlice(fqn, 0, 0, FlatRange(0)))
+            slices.append(overlap(fqn, start, weight.numel(), (begin, begin + part.numel())))
         flats.append(Flat(master, part, tuple(slices), g, process_groups[g]))
     return flats
 
@@ -122,11 +119,11 @@ def _stage3(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
             if where != (i, offset, length):
                 raise _moved(f"layer {fqn!r} is said to lie at {where}, wanted {(i, offset, length)}")
             start = dist.get_rank(process_group) * length
-            numel = max(0, min(length, int(param.ds_numel) - start))
-            partition = _need(param, "ds_tensor").detach().reshape(-1)[:numel]
-            if not torch.equal(partition.to(low.device), low[offset : offset + numel]):
+            piece = overlap(fqn, 0, int(param.ds_numel), (start, start + length), at=offset)
+            partition = _need(param, "ds_tensor").detach().reshape(-1)[: piece.numel]
+            if not torch.equal(partition.to(low.device), low[offset : offset + piece.numel]):
                 raise _moved(f"layer {fqn!r}: its partition is not at {offset} of sub-group {i}")
-            slices.append(ShardSlice(fqn, offset, numel, FlatRange(start if numel else 0)))
+            slices.append(piece)
             offset += length
         master = wrapper.fp32_partitioned_groups_flat[i]
         flats.append(Flat(master, low, tuple(slices), group_of[i], process_group))

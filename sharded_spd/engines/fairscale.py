@@ -1,0 +1,89 @@
+"""fairscale: the flat parameters of its FullyShardedDataParallel, and a trap of its ShardedDataParallel.
+
+Its OSS hands whole parameters to an ordinary optimizer on each rank, see `partitioned`.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from sharded_spd.engines.parts import Part, chunk, tile
+
+_FSDP = "fairscale.nn.data_parallel.fully_sharded_data_parallel"
+_SDP = "fairscale.nn.data_parallel.sharded_ddp"
+
+
+def fairscale_parts(model: Module) -> Iterator[tuple[Tensor, Part]]:
+    """Each tensor that fairscale's FSDP gives the optimizer, with the wrappers' names of the layers."""
+    module = sys.modules.get(_FSDP)
+    if module is None:
+        return
+    for prefix, unit in model.named_modules():
+        if isinstance(unit, module.FullyShardedDataParallel):
+            own_names = {param: name for name, param in unit.named_parameters()}
+            for param in unit.params:
+                yield param, _part(prefix, unit, param, own_names)
+
+
+def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> Part:
+    if hasattr(param, "_param_infos"):  # several layers in one
+        names = [".".join(filter(None, (prefix, path, name))) for path, _, name in param._param_infos]
+        shapes = tuple(tuple(shape) for shape in param._param_shapes)
+        numels = list(param._param_numels)
+    else:
+        names = [".".join(filter(None, (prefix, own_names[param])))]
+        shapes, numels = (tuple(param._orig_size),), [param._orig_size.numel()]
+    total, world = sum(numels), unit.world_size
+    if not param._is_sharded:
+        groups = (unit.process_group,) if world > 1 else ()
+        return Part(tile(names, numels, (0, total)), shapes, total, (), groups)
+    group = (unit.process_group,)
+    slices = tile(names, numels, chunk(total, unit.rank, world))
+    return Part(slices, shapes, -(-total // world), group, group)
+
+
+class BucketWatch:
+    """Warns once where gradients lie outside of the buffers in which ShardedDataParallel reduces them.
+
+    `zero_grad(set_to_none=True)`, torch's default, takes them out, and what is reduced is what was in the
+    buffers before: the ranks then train on gradients of their own.
+    """
+
+    def __init__(self) -> None:
+        self._wrappers: list[weakref.ref[Any]] | None = None
+
+    def look(self, params: Iterable[Tensor]) -> None:
+        """Look at the gradients of `params`, which are about to be used."""
+        module = sys.modules.get(_SDP)
+        if module is None:
+            return
+        if self._wrappers is None:
+            # The wrapper is made of the optimizer, which does not know it. By type(), since isinstance asks
+            # proxies, whose object may be gone.
+            kind = module.ShardedDataParallel
+            self._wrappers = [weakref.ref(o) for o in gc.get_objects() if type(o) is kind]
+        live = [wrapper for ref in self._wrappers if (wrapper := ref()) is not None]
+        if not live:
+            return
+        own = set(params)
+        for bucket in (bucket for wrapper in live for bucket in wrapper._bucket_list):
+            buffer = bucket.buffer.untyped_storage().data_ptr()
+            grads = [param.grad for param in own.intersection(bucket._params) if param.grad is not None]
+            if any(grad.untyped_storage().data_ptr() != buffer for grad in grads):
+                self._wrappers = []
+                warnings.warn(
+                    "fairscale's ShardedDataParallel reduces gradients in buffers, and zero_grad("
+                    "set_to_none=True), torch's default, took them out of these: they are not averaged over "
+                    "the ranks. Call model.zero_grad() on the wrapper instead, or optimizer.zero_grad("
+                    "set_to_none=False), or set reduce_buffer_size=0",
+                    stacklevel=2,
+                )
+                return

@@ -1,0 +1,59 @@
+"""What a model tells of its parameters: their names, and which of the optimizer's tensors are flat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_spd.engines.fairscale import fairscale_parts
+from sharded_spd.engines.fsdp1 import fsdp1_parts
+from sharded_spd.engines.parts import Part
+from sharded_spd.names import clean_fqns
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """`names`: the FQN of each parameter that is one layer; `parts`: of the tensors that a wrapper cut.
+
+    `fqns` are all the model's; `replicas` the group of DistributedDataParallel.
+    """
+
+    names: Mapping[Tensor, str] = field(default_factory=dict)
+    parts: Mapping[Tensor, Part] = field(default_factory=dict)
+    fqns: tuple[str, ...] = ()
+    replicas: ProcessGroup | None = None
+
+
+def view_model(model: Module) -> ModelView:
+    """Look at the model as it is wrapped now; FSDP2's gathered parameters are put back into shards first."""
+    # An FSDP2 root stays unsharded after a forward without backward; its named parameters are then not
+    # the sharded ones that the optimizer holds.
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard) and hasattr(module, "set_reshard_after_backward"):
+            reshard()
+    raw_parts = {**dict(fsdp1_parts(model)), **dict(fairscale_parts(model))}
+    named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p not in raw_parts]
+    raw = [name for name, _ in named]
+    raw += [piece.layer for part in raw_parts.values() for piece in part.slices]
+    cleaned = clean_fqns(raw)
+    by_raw = dict(zip(raw, cleaned, strict=True))
+    parts = {tensor: part.renamed(by_raw) for tensor, part in raw_parts.items()}
+    names: dict[Tensor, str] = {}
+    for name, param in named:
+        names.setdefault(param, by_raw[name])
+    for tensor, part in parts.items():
+        if len(part.slices) == 1:
+            names[tensor] = part.slices[0].layer
+    group = model.process_group if isinstance(model, DistributedDataParallel) else None
+    return ModelView(names, parts, tuple(cleaned), group)
+
+
+def is_flat(param: Tensor) -> bool:
+    """Whether a wrapper cut this tensor, so that only the wrapped model tells what it is."""
+    return bool(getattr(param, "_fsdp_flattened", False)) or hasattr(param, "_is_sharded")

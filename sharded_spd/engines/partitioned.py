@@ -1,0 +1,54 @@
+"""Optimizers that step whole parameters, each on one rank, and broadcast them: ZeroRedundancyOptimizer, OSS.
+
+The optimizer inside has this rank's share of the parameters and knows of no other rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from sharded_spd.engines.base import made_up_name
+from sharded_spd.errors import UnsupportedError
+from sharded_spd.names import clean_fqns
+
+
+def share_of(target: Any) -> tuple[Optimizer, ProcessGroup] | None:
+    """The optimizer of this rank's share inside of `target`, and the ranks; None for any other optimizer.
+
+    Raises:
+        UnsupportedError: where there is none yet (`overlap_with_ddp`).
+    """
+    if not callable(getattr(target, "consolidate_state_dict", None)):
+        return None
+    inner = getattr(target, "optim", None)
+    if not isinstance(inner, Optimizer):
+        raise UnsupportedError(
+            f"{type(target).__name__} has no optimizer of its own share yet; wanted it built with "
+            "overlap_with_ddp=False, whose optimizer steps once the gradients are there"
+        )
+    group: ProcessGroup = target.process_group if hasattr(target, "process_group") else target.group
+    return inner, group
+
+
+def names_of(wholes: Sequence[Optimizer]) -> tuple[dict[Tensor, str], bool]:
+    """A name for each parameter of the whole optimizers, the same on every rank, and whether all were given.
+
+    The shares inside have the name lists of the whole, which do not fit their parameters.
+    """
+    names: dict[Tensor, str] = {}
+    given: dict[Tensor, str] = {}
+    for o, whole in enumerate(wholes):
+        prefix = f"optimizers[{o}]." if len(wholes) > 1 else ""
+        for g, group in enumerate(whole.param_groups):
+            own = group.get("param_names", ())
+            for i, param in enumerate(group["params"]):
+                names[param] = prefix + made_up_name(g, i)
+                if len(own) == len(group["params"]):
+                    given[param] = own[i]
+    names.update(zip(given, clean_fqns(list(given.values())), strict=True))
+    return names, len(given) == len(names)

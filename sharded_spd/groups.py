@@ -1,0 +1,123 @@
+"""What AdamSPD takes out of a user's param group, and what it keeps true in its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sharded_spd.errors import AnchorError, BindingError, ConfigError
+from sharded_spd.names import clean_fqns
+from sharded_spd.rules import make_rule
+from sharded_spd.sources import GroupSpec, open_source, source_name
+
+_LET_GO = "bound"
+_SHARES = "(ZeroRedundancyOptimizer and OSS give each rank a part of the parameters, but the whole lists)"
+
+
+def take_group(
+    group: dict[str, Any], number: int, names: Mapping[Tensor, str], others: Sequence[GroupSpec]
+) -> GroupSpec:
+    """Take `pre`, the rule and the anchor out of `group` (modified in place), which keeps their names.
+
+    `names` are the model's, where it is known; `others` the groups before this one.
+
+    Raises:
+        ConfigError: an unknown rule or anchor.
+        AnchorError: `pre` of another length than `params`, which no names can pair.
+        BindingError: `param_names` of another length than `params`, and no model to ask.
+    """
+    params = group["params"]
+    if not isinstance(params, set):  # torch refuses a set
+        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+    listed = group.get("param_names")
+    true = [names.get(p) for p in params] if all(isinstance(p, Tensor) for p in params) else []
+    known = len(true) == len(params) and None not in true
+    if listed is not None and len(listed) != len(params) and not known:
+        raise BindingError(
+            f"group {number} has {len(params)} parameters but {len(listed)} names in 'param_names' "
+            f"{_SHARES}; wanted the model, which names each: functools.partial(AdamSPD, model=model)"
+        )
+    zero_pre = "pre" in group and group["pre"] is None
+    pre = _take_pre(group)
+    if pre is not None and listed is not None and known and len(listed) == len(pre):
+        by_name = dict(zip(clean_fqns(list(listed)), pre, strict=True))
+        missing = [name for name in true if name not in by_name]
+        if missing:
+            raise AnchorError(f"group {number}: layer {missing[0]!r} is not in the group's 'param_names'")
+        pre = [by_name[str(name)] for name in true]
+    # A rank without a share cannot tell whether the list is that of one parameter per rank.
+    if pre is not None and len(pre) != len(params) and params:
+        raise AnchorError(
+            f"group {number} has {len(params)} parameters but {len(pre)} anchors in 'pre' {_SHARES}; wanted "
+            "one anchor per parameter, in the same order, or pre=None for zero, or the names of all of them "
+            "as 'param_names' and functools.partial(AdamSPD, model=model)"
+        )
+    check_scalars(group)
+    rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
+    # Equal rules are one: the projector settles all layers of an instance at once.
+    rule = next((s.rule for s in others if s.rule == rule), rule)
+    anchor = open_source("snapshot" if pre is not None else source)
+    spec = GroupSpec(rule, anchor, pre[: len(params)] if pre is not None else None)
+    spec.shown = {"rule": rule.name, "anchor": "pre" if pre is not None else source_name(source)}
+    group.update(spec.shown)
+    return spec
+
+
+def _take_pre(group: dict[str, Any]) -> list[Any] | None:
+    given = group.pop("pre", None)
+    if isinstance(given, str):
+        raise ConfigError(
+            f"got pre {given!r}, which only says that a group's anchors were given; give them again"
+        )
+    return None if given is None else list(given)
+
+
+def keep_shown(group: dict[str, Any], spec: GroupSpec) -> None:
+    """Undo what an optimizer around this one has copied over names and anchors (modified in place).
+
+    ZeroRedundancyOptimizer and OSS copy the whole group's keys to the shares before each step.
+    """
+    group.update(spec.shown)
+    if "pre" in group:
+        group["pre"] = _LET_GO
+
+
+def check_scalars(group: Mapping[str, Any]) -> None:
+    """Refuse a group's hyper-parameters out of range; tensors are not read."""
+    for key in ("lr", "eps", "weight_decay"):
+        _check_range(key, group[key], 0, math.inf)
+    for i, beta in enumerate(group["betas"]):
+        _check_range(f"betas[{i}]", beta, 0, 1)
+    if group["max_pull"] is not None and not group["max_pull"] > 0:
+        raise ConfigError(f"got max_pull {group['max_pull']}; wanted a number > 0, or None for no limit")
+
+
+def _check_range(key: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, Tensor) and not low <= value < high:
+        raise ConfigError(f"got {key} {value}; wanted {low} <= {key} < {high}")
+
+
+def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> None:
+    """Compare a group's fingerprint, "HASH/LAYERS", with the one in a checkpoint.
+
+    One of fewer layers than the group has parameters is of one rank's share only, and tells nothing.
+
+    Raises:
+        AnchorError: where they differ.
+    """
+    if saved == own or num_layers(saved, num_params) < num_params:
+        return
+    raise AnchorError(
+        f"group {group} of the checkpoint was written with anchor fingerprint {saved}, this optimizer has "
+        f"{own}: another pre-trained model, or weights loaded before the anchor was taken; build the "
+        "optimizer on the pre-trained weights, then load the checkpoint"
+    )
+
+
+def num_layers(fingerprint: str, unknown: int = 0) -> int:
+    """How many layers a group's fingerprint is of."""
+    count = fingerprint.partition("/")[2]
+    return int(count) if count.isdigit() else unknown

@@ -1,0 +1,78 @@
+"""`attach` around torchao's and bitsandbytes' optimizers, which keep their state in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from tests.parity import low_bit_cases as cases
+from tests.support.launch import Task
+
+TORCHAO = ("torchao.AdamW8bit", "torchao.AdamW4bit", "torchao.AdamWFp8")
+BITSANDBYTES = (
+    "bitsandbytes.AdamW8bit",
+    "bitsandbytes.Adam8bit",
+    "bitsandbytes.Lion8bit",
+    "bitsandbytes.SGD8bit",
+    "bitsandbytes.AdEMAMix8bit",
+    "bitsandbytes.PagedAdamW8bit",
+    "bitsandbytes.AdamW32bit",
+)
+EIGHT = (TORCHAO[0], BITSANDBYTES[0])
+REFUSED = (
+    ("bitsandbytes.AdamW8bit", RuntimeError, "got mixed torch.Tensor and DTensor"),
+    ("bitsandbytes.AdamW32bit", NotImplementedError, "does not have a sharding strategy registered"),
+)
+"""bitsandbytes 0.50 has no FSDP2: its operators do not know DTensor, on any device."""
+
+
+def _tasks() -> Iterator[Task]:
+    for engine, world in (("single", 1), ("ddp", 2), ("fsdp2", 2)):
+        bases = TORCHAO if engine == "fsdp2" else (*TORCHAO, *BITSANDBYTES)
+        for base in bases:
+            yield _task(engine, world, cases.around, base)
+        for base in (b for b in EIGHT if b in bases):
+            yield _task(engine, world, cases.around, base, label="file", file=True)
+            for function in (cases.bfloat16, cases.scheduled, cases.resumed):
+                yield _task(engine, world, function, base)
+    for base in TORCHAO:
+        yield _task("fsdp2", 2, cases.own_blocks, base)
+        for engine, world in (("single", 1), ("fsdp2", 2)):
+            slow = (engine, base) != ("single", TORCHAO[0])
+            yield _task(engine, world, cases.around, base, label="compiled", compiled=True, slow=slow)
+    for base, kind, words in REFUSED:
+        yield _task("fsdp2", 2, cases.refused, base, kind=kind, words=words)
+
+
+def _task(
+    engine: str,
+    world: int,
+    function: Callable[..., None],
+    base: str,
+    *,
+    label: str = "",
+    slow: bool = False,
+    **options: Any,
+) -> Task:
+    name = "-".join(filter(None, (function.__name__, base, label)))
+    return Task(name, engine, world, function, {"base": base, **options}, slow=slow)
+
+
+def _params() -> Iterator[Any]:
+    """The tasks; one whose library is not here is skipped, and kept out of the launches."""
+    for task in _tasks():
+        library = task.options["base"].partition(".")[0]
+        if find_spec(library):
+            yield pytest.param(task, id=task.id, marks=task.marks)
+        else:
+            why = f"{library} is not installed: pip install -e '.[test]'"
+            yield pytest.param(None, id=task.id, marks=pytest.mark.skip(reason=why))
+
+
+@pytest.mark.parametrize("task", _params())
+def test_low_bit(task: Task, distributed: Callable[[Task], None]) -> None:
+    """What the case's function says."""
+    distributed(task)
