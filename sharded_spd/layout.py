@@ -44,7 +44,7 @@ class BoundShard:
     of it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's
     live group; `has_state` says whether the base optimizer has stepped this tensor before. `origin` is what
     the tensor was made of, in the same order, where a snapshot is to be taken from that: low-precision
-    weights below their float32 master.
+    weights below their float32 master. `owner` is the optimizer's own tensor, whose memory `tensor` shares.
     """
 
     tensor: torch.Tensor
@@ -54,6 +54,7 @@ class BoundShard:
     requires_grad: bool = True
     has_state: bool = False
     origin: torch.Tensor | None = None
+    owner: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

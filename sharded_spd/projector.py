@@ -283,9 +283,13 @@ class Projector:
         return self._monitor.metrics(list(self._plans.values()), norms)
 
     def deviation(self) -> dict[str, tuple[float, float]]:
-        """|w - w0| and |w0| of every projected layer, now. Collective over the layout's scopes."""
+        """|w - w0| and |w0| of every projected layer, now, also of those that only other ranks have.
+
+        Collective.
+        """
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
-        return measure_deviation(self._require(), shards)
+        binding = self._require()
+        return union(measure_deviation(binding, shards), binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_spd.binding import Binding, flat
+from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.errors import ConfigError, UnsupportedError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
@@ -66,13 +67,13 @@ class Step:
 
     def collect(self) -> Reduction:
         """Take the sums after the base step; let go of the gradients. What comes back is to be reduced."""
+        self._shards = [_as_it_is_now(shard) for shard in self._shards]
+        for item in self._items:
+            item.shard = self._shards[item.position]
         for item in self._items:
             wanted = [s for phase, s in item.part.keys(early=False) if phase == "after"]
             if wanted:
                 self._sums.add("after", item, wanted)
-        for item in self._items:
-            item.shard = replace(item.shard, grad=None)
-        self._shards = [replace(shard, grad=None) for shard in self._shards]
         return self._sums.reduction(self._flags, guard=self._guard, guarded=self._guarded)
 
     def project(self) -> None:
@@ -128,7 +129,7 @@ class Step:
     def _make_items(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> list[Item]:
         grad_scale = getattr(optimizer, "grad_scale", None)
         items = []
-        for shard in shards:
+        for position, shard in enumerate(shards):
             if shard.grad is None:
                 continue
             sign = -1.0 if shard.param_group.get("maximize", False) else 1.0
@@ -139,7 +140,7 @@ class Step:
                 if piece.numel == 0 or not spec.pulls:
                     continue
                 column = self._plan.column[piece.layer]
-                item = Item(shard, piece, part, index, column, factor, None, [], {})
+                item = Item(position, shard, piece, part, index, column, factor, None, [], {})
                 weight = flat(shard.tensor)[item.cut]
                 if spec.anchored:
                     item.anchor, moved = self._binding.take(piece, weight)
@@ -261,6 +262,13 @@ class Step:
             now = stats.after[DELTA_SQ].sqrt() * (1 - s).abs()
             report["deviation"] = torch.where(stepped, now, torch.nan)
         return report
+
+
+def _as_it_is_now(shard: BoundShard) -> BoundShard:
+    """Without its gradient, in the memory where a base that puts new tensors in place has left it."""
+    if shard.owner is None:
+        return replace(shard, grad=None)
+    return replace(shard, grad=None, tensor=local_tensor(shard.owner))
 
 
 def _check_scalars(fqn: str, lr: Any, weight_decay: Any, max_pull: Any) -> None:

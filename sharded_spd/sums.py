@@ -17,8 +17,12 @@ from sharded_spd.stats import CHUNK, Block, RowSpan, Statistic, add_row_sums_, l
 
 @dataclass(slots=True)
 class Item:
-    """One slice that steps: its tensors (1-D) and where it stands in the plan and in its rule's part."""
+    """One slice that steps: its tensors (1-D) and where it stands in the plan and in its rule's part.
 
+    `position` is that of its shard among the step's.
+    """
+
+    position: int
     shard: BoundShard
     piece: ShardSlice
     part: RulePart

@@ -42,12 +42,18 @@ def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> P
         names = [".".join(filter(None, (prefix, own_names[param])))]
         shapes, numels = (tuple(param._orig_size),), [param._orig_size.numel()]
     total, world = sum(numels), unit.world_size
+
+    def shard() -> Tensor:
+        # A layer without a gradient in the last backward is left gathered until the next forward.
+        tensor: Tensor = getattr(param, "_fp32_shard", param)
+        return tensor
+
     if not param._is_sharded:
         groups = (unit.process_group,) if world > 1 else ()
-        return Part(tile(names, numels, (0, total)), shapes, total, (), groups)
+        return Part(tile(names, numels, (0, total)), shapes, total, (), groups, local=shard)
     group = (unit.process_group,)
     slices = tile(names, numels, chunk(total, unit.rank, world))
-    return Part(slices, shapes, -(-total // world), group, group)
+    return Part(slices, shapes, -(-total // world), group, group, local=shard)
 
 
 class BucketWatch:

@@ -5,7 +5,7 @@ A flat engine lays layers one after the other, pads, and gives each rank a windo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -22,7 +22,8 @@ class Part:
     """What one tensor of the optimizer, of `numel` elements on this rank, holds of the model.
 
     `shapes` are those of the whole layers, one per slice. `split` are the groups that split the layers,
-    `groups` these and those of replicas. `flat`: the tensor has not the layers' own dims.
+    `groups` these and those of replicas. `flat`: the tensor has not the layers' own dims. `local` gives what
+    the optimizer updates where a wrapper may have put something else in the tensor's place.
     """
 
     slices: tuple[ShardSlice, ...]
@@ -31,6 +32,7 @@ class Part:
     split: tuple[ProcessGroup, ...] = ()
     groups: tuple[ProcessGroup, ...] = ()
     flat: bool = True
+    local: Callable[[], Tensor] | None = None
 
     def renamed(self, names: Mapping[str, str]) -> Part:
         """The same with other layer names."""

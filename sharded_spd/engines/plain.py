@@ -62,6 +62,7 @@ class ParameterAdapter:
         self._stepped: set[Optimizer] = set()
         self._replicas = group
         self._wholes, self._everywhere = tuple(wholes), everywhere
+        self._num_groups: list[int] = []
         self._buckets = BucketWatch()
         self._view = ModelView()
         self._model: Callable[[], Module | None] = lambda: None
@@ -129,6 +130,7 @@ class ParameterAdapter:
             for before, now in zip(self._parts[param].slices, part.slices, strict=False)
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
+        self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = _by_ranks(group for part in parts.values() for group in part.groups)
         scopes = _scopes(pieces)
         everywhere = self._everywhere
@@ -177,6 +179,9 @@ class ParameterAdapter:
             BindingError: for a parameter that `layout()` has not seen.
             UnsupportedError: for a sparse gradient.
         """
+        for whole, known in zip(self._wholes, self._num_groups, strict=True):
+            if len(whole.param_groups) != known:  # this rank may have no share of the new group
+                self._raise_unknown(whole, whole.param_groups[-1], len(whole.param_groups) - 1, 0)
         shards = []
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
@@ -187,7 +192,10 @@ class ParameterAdapter:
                 local = self._local(param, part)
                 grad = self._grad(param, part.slices[0].layer) if grads else None
                 has_state = bool(optimizer.state.get(param))
-                shards.append(BoundShard(local, grad, part.slices, group, param.requires_grad, has_state))
+                owner = param if part.local is None else None
+                shards.append(
+                    BoundShard(local, grad, part.slices, group, param.requires_grad, has_state, owner=owner)
+                )
         if grads:
             self._buckets.look(self._parts)
         return shards
@@ -212,18 +220,18 @@ class ParameterAdapter:
 
     @staticmethod
     def _local(param: Tensor, part: Part) -> Tensor:
-        local, fqn = local_tensor(param), part.slices[0].layer
-        if part.numel and param.untyped_storage().size() == 0 and not isinstance(param, DTensor):
-            raise BindingError(
-                f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
-                "after use, not its shard; build the optimizer right after fully_shard, or call "
-                "model.reshard() before it is built"
-            )
+        local, fqn = local_tensor(param if part.local is None else part.local()), part.slices[0].layer
         if local.numel() != part.numel:
             raise BindingError(
                 f"the tensor of layer {fqn!r} has {local.numel()} elements, wanted {part.numel}: it was "
                 "sharded since the anchors were bound (call bind(model) with the wrapped model), or a "
                 "forward has gathered it and no backward has followed"
+            )
+        if part.numel and param.untyped_storage().size() == 0 and not isinstance(param, DTensor):
+            raise BindingError(
+                f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
+                "after use, not its shard; build the optimizer right after fully_shard, or call "
+                "model.reshard() before it is built"
             )
         return local
 

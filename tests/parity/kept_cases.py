@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_spd.rules import Options, Rule, RuleSpec, Stats
 from sharded_spd.stats import DELTA_SQ, UPDATE_GAIN, Block
-from tests.parity.cases import gradients, tensors
+from tests.parity.cases import gradients, step, tensors
 from tests.reference.oracle import LayerOptions
 from tests.support.compare import assert_float64_parity
 from tests.support.engines import Engine
@@ -71,7 +71,7 @@ def kept(engine: Engine, *, form: Form, rule: Rule) -> None:
     for t, given in enumerate(
         gradients(start, 7, missing={2: ("block.attn.weight",), 4: ("embed.weight", "one")})
     ):
-        training.step(given)
+        given = step(training, given)
         before = {name: p.detach().clone() for name, p in params.items()}
         for name, p in params.items():
             p.grad = given.get(name)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 
 from tests.parity import low_bit_cases as cases
 from tests.support.launch import Task
@@ -23,10 +24,20 @@ BITSANDBYTES = (
 )
 EIGHT = (TORCHAO[0], BITSANDBYTES[0])
 REFUSED = (
-    ("bitsandbytes.AdamW8bit", RuntimeError, "got mixed torch.Tensor and DTensor"),
-    ("bitsandbytes.AdamW32bit", NotImplementedError, "does not have a sharding strategy registered"),
+    ("bitsandbytes.AdamW8bit", torch.float32, RuntimeError, "got mixed torch.Tensor and DTensor"),
+    (
+        "bitsandbytes.AdamW32bit",
+        torch.float32,
+        NotImplementedError,
+        "not have a sharding strategy registered",
+    ),
+    ("torchao.AdamW8bit", torch.bfloat16, RuntimeError, "expected dtype torch.bfloat16 for `end`"),
 )
-"""bitsandbytes 0.50 has no FSDP2: its operators do not know DTensor, on any device."""
+"""What is no use under FSDP2, with the rule or without.
+
+The operators of bitsandbytes 0.50 do not know DTensor. torchao 0.18 keeps a state of bfloat16
+shards whose dtype DTensor mistakes; compiled, the same ends in an error of dynamo's.
+"""
 
 
 def _tasks() -> Iterator[Task]:
@@ -36,15 +47,17 @@ def _tasks() -> Iterator[Task]:
             yield _task(engine, world, cases.around, base)
         for base in (b for b in EIGHT if b in bases):
             yield _task(engine, world, cases.around, base, label="file", file=True)
-            for function in (cases.bfloat16, cases.scheduled, cases.resumed):
-                yield _task(engine, world, function, base)
+            yield _task(engine, world, cases.scheduled, base)
+            yield _task(engine, world, cases.resumed, base)
+            if engine != "fsdp2":
+                yield _task(engine, world, cases.bfloat16, base)
     for base in TORCHAO:
         yield _task("fsdp2", 2, cases.own_blocks, base)
         for engine, world in (("single", 1), ("fsdp2", 2)):
             slow = (engine, base) != ("single", TORCHAO[0])
             yield _task(engine, world, cases.around, base, label="compiled", compiled=True, slow=slow)
-    for base, kind, words in REFUSED:
-        yield _task("fsdp2", 2, cases.refused, base, kind=kind, words=words)
+    for base, dtype, kind, words in REFUSED:
+        yield _task("fsdp2", 2, cases.refused, base, dtype=dtype, kind=kind, words=words)
 
 
 def _task(
@@ -72,7 +85,7 @@ def _params() -> Iterator[Any]:
             yield pytest.param(None, id=task.id, marks=pytest.mark.skip(reason=why))
 
 
-@pytest.mark.parametrize("task", _params())
+@pytest.mark.parametrize("task", list(_params()))
 def test_low_bit(task: Task, distributed: Callable[[Task], None]) -> None:
     """What the case's function says."""
     distributed(task)

@@ -5,6 +5,7 @@ A new engine is one class and one line in `ENGINES`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,25 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from tests.support.models import tensor_parallel
 
 
 @dataclass
 class Engine:
-    """One process, nothing wrapped. `exact`: gradients arrive to the last bit as the loss asks for them."""
+    """One process, nothing wrapped.
+
+    `exact`: gradients arrive to the last bit as the loss asks for them; `needs_model`: AdamSPD has to be told
+    the model. `dtype` is what the engine can train in, `clips` what it can clip the gradients of.
+    """
 
     scratch: Path
     exact: bool = True
+    dtype: torch.dtype = torch.float64
+    clips: torch.dtype = torch.float64
     prefix: str = ""
+    needs_model: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,6 +65,43 @@ class Engine:
         """The whole tensor, on every rank; collective."""
         tensor = tensor.detach()
         return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+    def layers(self, name: str) -> tuple[str, ...]:
+        """The layers in the parameter that `named` gives that name."""
+        return (name,)
+
+    def weights(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The whole layers, on every rank; collective."""
+        return {name: self.full(p) for name, p in params.items()}
+
+    def gradients(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The whole gradients that the optimizer will see, where there are any; collective."""
+        return {name: self.full(p.grad) for name, p in params.items() if p.grad is not None}
+
+    def arrived(
+        self, params: Mapping[str, nn.Parameter], given: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """The gradients that the optimizer sees of those that were given to the loss; collective."""
+        return given
+
+    def optimizer(
+        self, model: nn.Module, make: Callable[..., Optimizer], groups: list[dict[str, Any]], **extra: Any
+    ) -> tuple[Optimizer, nn.Module]:
+        """What is stepped, and the model that is trained with it."""
+        return make(groups, **extra), model
+
+    def zero_grad(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Drop the gradients."""
+        optimizer.zero_grad()
+
+    def clip(self, model: nn.Module, params: Mapping[str, nn.Parameter], max_norm: float) -> float:
+        """Clip by the norm of all gradients, which is returned; collective."""
+        norm = nn.utils.clip_grad_norm_(params.values(), max_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, on every rank; collective."""
+        return optimizer.state_dict()
 
     def no_sync(self, model: nn.Module, skip: bool) -> None:
         """Whether the next backward only accumulates."""
@@ -149,6 +195,10 @@ class Tp(Engine):
 
 def make_engine(name: str, scratch: Path) -> Engine:
     """The engine of that name; `scratch` is a folder that all ranks of a task share."""
+    if name not in ENGINES:
+        from tests.support.older_engines import OLDER
+
+        return OLDER[name](scratch)
     return ENGINES[name](scratch)
 
 

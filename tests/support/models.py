@@ -18,6 +18,7 @@ class Probe(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], *, ties: Mapping[str, str] | None = None) -> None:
         super().__init__()
+        self._own: list[str] = []  # some wrappers take parameters out of `_parameters`
         params = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in tensors.items()}
         for name, param in params.items():
             self._place(name, param)
@@ -28,6 +29,7 @@ class Probe(nn.Module):
         head, _, rest = name.partition(".")
         if not rest:
             self.register_parameter(head, param)
+            self._own.append(head)
             return
         if head not in self._modules:
             self.add_module(head, Probe({}))
@@ -37,7 +39,7 @@ class Probe(nn.Module):
 
     def forward(self, grads: Mapping[str, Tensor]) -> Tensor:
         """The sum of `<parameter, grads[name]>`; a parameter without an entry is not used."""
-        terms = [_inner(p, grads[name]) for name, p in self._parameters.items() if name in grads]
+        terms = [_inner(getattr(self, name), grads[name]) for name in self._own if name in grads]
         for name, child in self._modules.items():
             below = {key[len(name) + 1 :]: grad for key, grad in grads.items() if key.startswith(f"{name}.")}
             if below and child is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +56,11 @@ class Training:
             prepare(self.model)
         self.params = engine.named(self.model)
         self.options = {
-            name: options if isinstance(options, LayerOptions) else options[name] for name in self.params
+            name: options if isinstance(options, LayerOptions) else options[name]
+            for param in self.params
+            for name in engine.layers(param)
         }
-        if give_model and form == "adam_spd":
+        if (give_model or engine.needs_model) and form == "adam_spd":
             extra["model"] = self.model
         self.optimizer, self.projector = self._optimizer(form, anchor, make_base, extra)
         self.steps = 0
@@ -69,11 +72,24 @@ class Training:
         make_base: Callable[..., torch.optim.Optimizer] | None,
         extra: dict[str, Any],
     ) -> tuple[torch.optim.Optimizer, Projector]:
+        own = {name: self._option_of(name, form) for name in self.params}
         if form == "adam_spd":
-            optimizer = AdamSPD(adam_spd_groups(self.params, self.options), anchor=anchor, **extra)
-            return optimizer, optimizer.projector
-        base = (make_base or torch.optim.Adam)(base_groups(self.params, self.options), **extra)
-        return base, attach(base, self.model, config_of(self.options, anchor))
+            make = partial(AdamSPD, anchor=anchor, **extra)
+            optimizer, self.model = self.engine.optimizer(self.model, make, adam_spd_groups(self.params, own))
+            inner = getattr(optimizer, "optim", optimizer)
+            return optimizer, inner.projector
+        optimizer, self.model = self.engine.optimizer(
+            self.model, make_base or torch.optim.Adam, base_groups(self.params, own), **extra
+        )
+        return optimizer, attach(optimizer, self.model, config_of(self.options, anchor))
+
+    def _option_of(self, param: str, form: Form) -> LayerOptions:
+        """Of all layers in a parameter: they have to agree in what the optimizer is told."""
+        first, *others = (self.options[name] for name in self.engine.layers(param))
+        for other in others:
+            told = first == other if form == "adam_spd" else _base_key(first) == _base_key(other)
+            assert told, f"{param} holds layers of different options"
+        return first
 
     def backward(self, grads: Mapping[str, Tensor], *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Makes these gradients by the engine's own backward; one data-parallel rank supplies them."""
@@ -90,16 +106,20 @@ class Training:
     def update(self) -> None:
         """Optimizer step, gradients dropped."""
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.engine.zero_grad(self.model, self.optimizer)
         self.steps += 1
 
     def gradients(self) -> dict[str, Tensor]:
         """The whole gradients that the optimizer will see; collective."""
-        return {name: self.engine.full(p.grad) for name, p in self.params.items() if p.grad is not None}
+        return self.engine.gradients(self.params)
 
     def weights(self) -> dict[str, Tensor]:
         """The whole layers; collective."""
-        return {name: self.engine.full(p) for name, p in self.params.items()}
+        return self.engine.weights(self.params)
+
+
+def _base_key(options: LayerOptions) -> tuple[Any, ...]:
+    return options.lr, options.betas, options.eps
 
 
 def adam_spd_groups(

@@ -17,6 +17,19 @@ from tests.support.local import LAMBDA, LR, SPD, follow, give, gradients, layers
 from tests.support.models import Probe
 
 Params = Mapping[str, nn.Parameter]
+
+
+class Rebinds(torch.optim.SGD):
+    """Puts new memory in place of the old, as bitsandbytes does for what is not contiguous."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = p.data - group["lr"] * p.grad
+
+
 BASES: dict[str, Callable[[Params], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p.values(), lr=LR),
     "SGD-momentum": lambda p: torch.optim.SGD(p.values(), lr=LR, momentum=0.9),
@@ -34,6 +47,7 @@ BASES: dict[str, Callable[[Params], torch.optim.Optimizer]] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p.values(), lr=LR, momentum=0.5, centered=True),
     "NAdam": lambda p: torch.optim.NAdam(p.values(), lr=LR),
     "Adagrad": lambda p: torch.optim.Adagrad(p.values(), lr=LR),
+    "SGD-rebinds": lambda p: Rebinds(p.values(), lr=LR),
     "Rprop": lambda p: torch.optim.Rprop(p.values(), lr=LR),
 }
 
