@@ -15,7 +15,7 @@ from tests.support.training import Form, Training
 
 def per_step(engine: Engine, *, form: Form, expected: int, partial: int = 0) -> None:
     """`expected` small all-reduces in a step after the first; `partial` gradients are redistributed."""
-    start = tensors()
+    start = tensors(dtype=engine.dtype)
     training = Training(engine, start, SPD, form=form)
     for given in gradients(start, 3):
         training.step(given)

@@ -50,33 +50,39 @@ class Flat(Engine):
         return self.held.get(name, (name,))
 
     def weights(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        return {n: t for name, p in params.items() for n, t in self._whole(name, p, p.detach())}
+        return dict(self._whole(params, {name: p.detach() for name, p in params.items()}))
 
     def gradients(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        return {n: t for name, p in params.items() for n, t in self._whole(name, p, p.grad)}
+        # A rank on which nothing of a layer lies has no gradient of it.
+        return dict(self._whole(params, {n: p.grad if p.numel() else p.detach() for n, p in params.items()}))
 
-    def pieces(self, name: str, param: Any) -> tuple[list[tuple[str | None, int]], Any]:
-        """The layers in a parameter with their sizes, in order (None: padding), and who splits it."""
+    def pieces(self, name: str, param: Any) -> list[tuple[str | None, int]]:
+        """The layers in a parameter with their sizes, in order; None is padding."""
         raise NotImplementedError
 
-    def _whole(self, name: str, param: nn.Parameter, local: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-        pieces, group = self.pieces(name, param)
-        if local is None and param.numel() == 0:
-            local = param.detach()  # nothing of it lies here, so it cannot have a gradient
-        parts = [local]
+    def splits(self, params: Mapping[str, nn.Parameter]) -> Any:
+        """The group whose ranks' parts make up the whole; None: each has it."""
+        raise NotImplementedError
+
+    def _whole(
+        self, params: Mapping[str, nn.Parameter], local: dict[str, Tensor | None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        # Cloned, for a view would take the whole of its buffer along.
+        local = {name: None if part is None else part.clone() for name, part in local.items()}
+        group, ranks = self.splits(params), [local]
         if group is not None:
-            parts = [None] * dist.get_world_size(group)
-            dist.all_gather_object(parts, local, group=group)
-        if any(part is None for part in parts):
-            assert all(part is None or part.numel() == 0 for part in parts), (
-                f"{name}: some ranks have no gradient"
-            )
-            return
-        whole, begin = torch.cat([part.reshape(-1) for part in parts if part is not None]), 0
-        for layer, numel in pieces:
-            if layer is not None:
-                yield layer, whole[begin : begin + numel].view(self.shapes[layer]).clone()
-            begin += numel
+            ranks = [{}] * dist.get_world_size(group)
+            dist.all_gather_object(ranks, local, group=group)
+        for name, param in params.items():
+            parts = [part for part in (of_rank[name] for of_rank in ranks) if part is not None]
+            if sum(part.numel() for part in parts) == 0:
+                continue
+            assert len(parts) == len(ranks), f"{name}: some ranks have no gradient"
+            whole, begin = torch.cat([part.reshape(-1) for part in parts]), 0
+            for layer, numel in self.pieces(name, param):
+                if layer is not None:
+                    yield layer, whole[begin : begin + numel].view(self.shapes[layer]).clone()
+                begin += numel
 
 
 @dataclass
@@ -123,17 +129,16 @@ class Fsdp1(Flat):
         order = list(self.shapes)
         return dict(sorted(found.items(), key=lambda item: min(order.index(n) for n in self.held[item[0]])))
 
-    def pieces(self, name: str, param: Any) -> tuple[list[tuple[str | None, int]], Any]:
-        handle = self._handles[name]
-        group = handle.process_group if self.strategy != "NO_SHARD" and self.world > 1 else None
+    def pieces(self, name: str, param: Any) -> list[tuple[str | None, int]]:
         if self.orig:
-            return [(name, prod(self.shapes[name]))], group
-        flat, names = handle.flat_param, iter(self.held[name])
-        padding = flat._is_padding_mask
-        return [
-            (None if pad else next(names), n)
-            for n, pad in zip(flat._numels_with_padding, padding, strict=True)
-        ], group
+            return [(name, prod(self.shapes[name]))]
+        flat, names = self._handles[name].flat_param, iter(self.held[name])
+        sizes = zip(flat._numels_with_padding, flat._is_padding_mask, strict=True)
+        return [(None if padding else next(names), numel) for numel, padding in sizes]
+
+    def splits(self, params: Mapping[str, nn.Parameter]) -> Any:
+        whole = self.strategy == "NO_SHARD" or self.world == 1
+        return None if whole else self._handles[next(iter(params))].process_group
 
     def arrived(
         self, params: Mapping[str, nn.Parameter], given: Mapping[str, Tensor]
@@ -183,9 +188,11 @@ class FairscaleFsdp(Flat):
                 self.held[key] = tuple(inside)
         return found
 
-    def pieces(self, name: str, param: Any) -> tuple[list[tuple[str | None, int]], Any]:
-        group = dist.group.WORLD if self.world > 1 else None
-        return [(layer, prod(self.shapes[layer])) for layer in self.layers(name)], group
+    def pieces(self, name: str, param: Any) -> list[tuple[str | None, int]]:
+        return [(layer, prod(self.shapes[layer])) for layer in self.layers(name)]
+
+    def splits(self, params: Mapping[str, nn.Parameter]) -> Any:
+        return dist.group.WORLD if self.world > 1 else None
 
     def clip(self, model: nn.Module, params: Mapping[str, nn.Parameter], max_norm: float) -> float:
         return float(model.clip_grad_norm_(max_norm))  # type: ignore[operator]
