@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "sharded_spd", "finetune"]
+NOTHING: Mapping[str, str] = MappingProxyType({})
 SECONDS = 110
 """A run takes 5 to 15 s; a hang must fail before the test's own limit."""
 
@@ -21,12 +24,17 @@ def environment(cache: Path) -> dict[str, str]:
     return {**kept, **own}
 
 
-def finetune(*arguments: str, cache: Path, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
+def finetune(
+    *arguments: str,
+    cache: Path,
+    command: list[str] = COMMAND,
+    extra: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, with `extra` in the environment."""
     return subprocess.run(
         [*command, *arguments],
         cwd=cache,
-        env=environment(cache),
+        env={**environment(cache), **extra},
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -34,9 +42,14 @@ def finetune(*arguments: str, cache: Path, command: list[str] = COMMAND) -> subp
     )
 
 
-def finished(*arguments: str, cache: Path, command: list[str] = COMMAND) -> str:
+def finished(
+    *arguments: str,
+    cache: Path,
+    command: list[str] = COMMAND,
+    extra: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Run to the end, which must be a good one, and return what it printed."""
-    done = finetune(*arguments, cache=cache, command=command)
+    done = finetune(*arguments, cache=cache, command=command, extra=extra)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

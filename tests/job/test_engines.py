@@ -10,10 +10,28 @@ import pytest
 
 from tests.job.commands import COMMAND, ROOT, environment, finished, metrics, results
 
-RANKS = {"single": 1, "ddp": 2, "fsdp2": 2, "zero1": 2, "zero2": 2, "zero3": 2}
-OFFLOAD = {"zero1_offload": 2, "zero2_offload": 2, "zero3_offload": 2}
-LAUNCHERS = {"zero2": "deepspeed.sh", "zero3": "accelerate.sh"}
-ENGINES = [*RANKS, *(pytest.param(name, marks=pytest.mark.slow) for name in OFFLOAD)]
+RANKS = {
+    "single": 1,
+    "ddp": 2,
+    "fsdp2": 2,
+    "zero1": 2,
+    "zero2": 2,
+    "zero3": 2,
+    "fsdp1": 2,
+    "zero-redundancy": 2,
+    "fairscale-oss": 2,
+}
+VARIANTS = {
+    "fsdp1-flat": "{name: fsdp1, use_orig_params: false, blocks: [ViTLayer]}",
+    "fsdp1-grad-op": "{name: fsdp1, sharding_strategy: shard_grad_op}",
+    "oss-sharded": "{name: fairscale-oss, sharded_ddp: true}",
+    "fairscale-fsdp": "{name: fairscale-fsdp, blocks: [ViTLayer]}",
+}
+OFFLOAD = ("zero1_offload", "zero2_offload", "zero3_offload")
+LAUNCHERS = {"zero2": "deepspeed.sh", "zero3": "accelerate.sh", "fsdp1": "torchrun.sh"}
+ENGINES = [*RANKS, *(pytest.param(name, marks=pytest.mark.slow) for name in (*OFFLOAD, *VARIANTS))]
+ON_CPU = ROOT / "tests" / "support" / "fairscale_on_cpu"
+"""Its `sitecustomize` makes every Python process run fairscale's FSDP without a GPU."""
 
 SCORE = """
 import sys, torch
@@ -34,8 +52,10 @@ def run(home: Path, tiny_job: Path) -> Callable[[str], Path]:
     @cache
     def start(engine: str) -> Path:
         out = home / f"run-{engine}"
-        settings = [f"ranks={ {**RANKS, **OFFLOAD}[engine] }", f"output_dir={out}"]
-        if engine.startswith("zero"):
+        settings = [f"ranks={RANKS.get(engine, 2)}", f"output_dir={out}"]
+        if engine in VARIANTS:
+            settings.append(f"engine={VARIANTS[engine]}")
+        elif engine in OFFLOAD or engine in ("zero1", "zero2", "zero3"):
             file = ROOT / "configs" / "deepspeed" / f"{engine}.json"
             settings.append(f"engine={{name: deepspeed, config: {file}}}")
         else:
@@ -43,7 +63,8 @@ def run(home: Path, tiny_job: Path) -> Callable[[str], Path]:
         command = COMMAND
         if engine in LAUNCHERS:
             command = [str(ROOT / "launch" / LAUNCHERS[engine]), "2"]
-        finished(str(tiny_job), *settings, cache=home, command=command)
+        extra = {"PYTHONPATH": f"{ON_CPU}:{ROOT}"} if engine == "fairscale-fsdp" else {}
+        finished(str(tiny_job), *settings, cache=home, command=command, extra=extra)
         return out
 
     return start

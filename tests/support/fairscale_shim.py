@@ -38,4 +38,5 @@ def install() -> None:
     torch.cuda.current_stream = lambda *_, **__: stream  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]

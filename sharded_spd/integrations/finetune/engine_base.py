@@ -21,9 +21,13 @@ class NoOptions:
 
 
 class Engine(ABC):
-    """One model under one engine: wrap it, train it, gather it."""
+    """One model under one engine: wrap it, train it, gather it.
+
+    `shares_layers`: a rank projects some of the layers only, and its telemetry is of those.
+    """
 
     options: ClassVar[type[Any]] = NoOptions
+    shares_layers: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, options: Any, world: World) -> None:
         self.options_given = options
@@ -40,7 +44,10 @@ class Engine(ABC):
         """The model as this engine trains it, collective."""
 
     def prepare(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
-        """Take over the optimizer, collective; what comes back is what a rule attaches to."""
+        """Take over the optimizer, collective; what comes back is what a rule attaches to.
+
+        An optimizer that comes back is what is stepped from then on.
+        """
         return optimizer
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.blocks import DTYPES, Precision, blocks_of, need_ranks
 from sharded_spd.integrations.finetune.config import NamedBlock
 from sharded_spd.integrations.finetune.engine_base import Engine
+from sharded_spd.integrations.finetune.flat import FSDP1, FairscaleFSDP
+from sharded_spd.integrations.finetune.shares import FairscaleOSS, ZeroRedundancy
 from sharded_spd.integrations.finetune.strict import build, choice
 from sharded_spd.integrations.finetune.world import World
 from sharded_spd.integrations.finetune.zero import DeepSpeed
-
-Precision = Literal["float32", "bfloat16", "float16"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +74,16 @@ class FSDP2(Engine):
 
         given: FSDP2Options = self.options_given
         kind = self.world.device.type
-        if not torch.distributed.is_initialized():
-            raise ConfigError(
-                "engine: fsdp2 needs a launcher's ranks: set ranks: 2 or more, or start with torchrun"
-            )
+        need_ranks("fsdp2")
         mesh = init_device_mesh(kind, (self.world.size,))
         settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": given.reshard_after_forward}
         if (given.param_dtype, given.reduce_dtype) != ("float32", "float32"):
             settings["mp_policy"] = MixedPrecisionPolicy(
-                _DTYPES[given.param_dtype], _DTYPES[given.reduce_dtype]
+                DTYPES[given.param_dtype], DTYPES[given.reduce_dtype]
             )
         if given.cpu_offload:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=kind == "cuda")
-        for block in _blocks(model, given.blocks):
+        for block in blocks_of(model, given.blocks):
             fully_shard(block, **settings)
         fully_shard(model, **settings)  # in place
         return model
@@ -114,23 +111,15 @@ def _local(parameter: Any) -> Any:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _blocks(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """The modules to shard one by one: those of the given classes, else of those that must not be split."""
-    wanted = set(names or getattr(model, "_no_split_modules", None) or ())
-    found = [m for m in model.modules() if m is not model and type(m).__name__ in wanted]
-    if names and not found:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        raise ConfigError(
-            f"engine.blocks: no module is a {' or '.join(names)}; this model has {', '.join(kinds)}"
-        )
-    return found
-
-
 ENGINES: Mapping[str, type[Engine]] = {
     "single": Single,
     "ddp": DDP,
     "fsdp2": FSDP2,
     "deepspeed": DeepSpeed,
+    "fsdp1": FSDP1,
+    "fairscale-fsdp": FairscaleFSDP,
+    "fairscale-oss": FairscaleOSS,
+    "zero-redundancy": ZeroRedundancy,
 }
 
 

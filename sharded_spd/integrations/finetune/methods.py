@@ -30,7 +30,7 @@ class Method:
         return self.name if self.weight_decay is None else f"{self.name} (λ {self.weight_decay:g})"
 
 
-def make_optimizer(engine: Engine, config: TrainConfig, *, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(engine: Engine, config: TrainConfig, *, weight_decay: float) -> torch.optim.Optimizer:
     """Torch's fused AdamW over every parameter that is trained."""
     return torch.optim.AdamW(
         [(name, p) for name, p in engine.named_model.named_parameters() if p.requires_grad],
@@ -53,6 +53,8 @@ def set_up(
     decay = config.train.adamw_weight_decay if plain else 0.0
     optimizer = make_optimizer(engine, config.train, weight_decay=decay)
     target = engine.prepare(optimizer, config.train)
+    if isinstance(target, torch.optim.Optimizer):
+        optimizer = target
     if plain:
         return optimizer, None
     spd = _with_anchor(config.spd_config(method.name, method.weight_decay), checkpoint, names)

@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,13 +51,26 @@ class _Live:
         return math.sqrt(distance / size) if size else math.nan
 
     def step_figures(self) -> tuple[float | None, float | None]:
-        """The activation rate and the relative deviation of the last step, where a rule is attached."""
-        if self.projector is None or not self.engine.world.main:  # only the main rank shows them
+        """The activation rate and the relative deviation of the last step, where a rule is attached.
+
+        Collective where ranks project different layers; else only the main rank has them.
+        """
+        if self.projector is None or not (self.engine.world.main or self.engine.shares_layers):
             return None, None
         metrics = self.projector.metrics()
-        rate = float(metrics["activation_rate"])
+        rate, deviation = float(metrics["activation_rate"]), metrics.get("deviation_rel")
+        if self.engine.shares_layers:
+            rate, deviation = self._over_ranks(metrics)
         self.rates.append(rate)
-        return rate, metrics.get("deviation_rel")
+        return rate, deviation
+
+    def _over_ranks(self, metrics: dict[str, Any]) -> tuple[float, float | None]:
+        away, share = metrics.get("deviation", 0.0), metrics.get("deviation_rel", 0.0)
+        size = away / share if share else 0.0
+        own = [metrics["activation_rate"] * metrics["num_layers"], metrics["num_layers"], away**2, size**2]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.engine.world.device)
+        active, layers, distance, whole = self.engine.world.sum_(sums).tolist()
+        return active / max(layers, 1), math.sqrt(distance / whole) if whole else None
 
 
 class Trainer:

@@ -1,0 +1,126 @@
+"""The job under the wrappers that flatten parameters: torch's FSDP1 and fairscale's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from sharded_spd.integrations.fairscale import import_fairscale
+from sharded_spd.integrations.finetune.blocks import DTYPES, Precision, need_ranks, wrap_blocks
+from sharded_spd.integrations.finetune.engine_base import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDP1Options:
+    """Settings of `FullyShardedDataParallel`; `blocks` names the classes that are wrapped one by one."""
+
+    sharding_strategy: Literal["full_shard", "shard_grad_op", "no_shard"] = "full_shard"
+    use_orig_params: bool = True
+    param_dtype: Precision = "float32"
+    reduce_dtype: Precision = "float32"
+    cpu_offload: bool = False
+    blocks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FairscaleFSDPOptions:
+    """Settings of fairscale's `FullyShardedDataParallel`, which needs a GPU."""
+
+    reshard_after_forward: bool = True
+    flatten_parameters: bool = True
+    mixed_precision: bool = False
+    blocks: tuple[str, ...] = ()
+
+
+class _Flat(Engine):
+    """What both have in common: every rank holds a part of each flat tensor, and the wrapper clips."""
+
+    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
+        """Clip over all ranks, step and clear the gradients."""
+        if max_grad_norm is not None:
+            wrapper: Any = self.model
+            wrapper.clip_grad_norm_(max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class FSDP1(_Flat):
+    """Parameters, gradients, optimizer state and anchor split over the ranks by torch's first FSDP."""
+
+    options = FSDP1Options
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its blocks and its root wrapped."""
+        from torch.distributed.fsdp import (
+            CPUOffload,
+            FullyShardedDataParallel,
+            MixedPrecision,
+            ShardingStrategy,
+        )
+
+        need_ranks("fsdp1")
+        given: FSDP1Options = self.options_given
+        precision = None
+        if (given.param_dtype, given.reduce_dtype) != ("float32", "float32"):
+            precision = MixedPrecision(DTYPES[given.param_dtype], DTYPES[given.reduce_dtype])
+
+        def shard(module: nn.Module) -> nn.Module:
+            return FullyShardedDataParallel(
+                module,
+                sharding_strategy=ShardingStrategy[given.sharding_strategy.upper()],
+                use_orig_params=given.use_orig_params,
+                mixed_precision=precision,
+                cpu_offload=CPUOffload(offload_params=given.cpu_offload),
+                device_id=self.world.device,
+            )
+
+        return wrap_blocks(model, given.blocks, shard)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The whole model on the main rank's CPU; empty on the others."""
+        # Without a GPU there is nowhere to offload to, and torch then reads freed memory.
+        offload = self.world.device.type != "cpu"
+        options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return {name: t.cpu().clone() for name, t in state.items()} if self.world.main else {}
+
+    def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """Summed over all ranks where each holds another part."""
+        return values if self.options_given.sharding_strategy == "no_shard" else self.world.sum_(values)
+
+
+class FairscaleFSDP(_Flat):
+    """The same by fairscale's FSDP."""
+
+    options = FairscaleFSDPOptions
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its blocks and its root wrapped."""
+        need_ranks("fairscale-fsdp")
+        kind = import_fairscale().nn.data_parallel.FullyShardedDataParallel
+        given: FairscaleFSDPOptions = self.options_given
+
+        def shard(module: nn.Module) -> nn.Module:
+            wrapped: nn.Module = kind(
+                module,
+                reshard_after_forward=given.reshard_after_forward,
+                flatten_parameters=given.flatten_parameters,
+                mixed_precision=given.mixed_precision,
+                compute_device=self.world.device,
+            )
+            return wrapped
+
+        return wrap_blocks(model, given.blocks, shard)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The whole model on the main rank's CPU; empty on the others."""
+        state = self.model.state_dict()  # collective
+        return {name: t.cpu().clone() for name, t in state.items()} if self.world.main else {}
+
+    def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """Summed over all ranks: each holds another part."""
+        return self.world.sum_(values)

@@ -1,0 +1,115 @@
+"""The job under optimizers that share whole parameters out: ZeroRedundancyOptimizer and OSS."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sharded_spd.integrations.fairscale import import_fairscale
+from sharded_spd.integrations.finetune.blocks import need_ranks
+from sharded_spd.integrations.finetune.config import TrainConfig
+from sharded_spd.integrations.finetune.engine_base import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class OSSOptions:
+    """`sharded_ddp`: gradients go only to the rank that steps them (fairscale's ShardedDataParallel)."""
+
+    sharded_ddp: bool = False
+
+
+class _Shares(Engine):
+    """A copy of the model on every rank, optimizer state and anchors on one each."""
+
+    shares_layers = True
+    name: ClassVar[str]
+
+    @property
+    def named_model(self) -> nn.Module:
+        """The module inside the wrapper."""
+        inner: nn.Module = getattr(self.model, "module", self.model)
+        return inner
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model under `DistributedDataParallel`."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        need_ranks(self.name)
+        return DistributedDataParallel(model)
+
+    @abstractmethod
+    def share_out(
+        self, groups: list[dict[str, Any]], kind: type[torch.optim.Optimizer], **defaults: Any
+    ) -> torch.optim.Optimizer:
+        """The optimizer that shares the groups' parameters out, with a `kind` of each rank's own inside."""
+
+    def prepare(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+        """Put the same optimizer on every rank's share of the parameters."""
+        defaults = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay", "fused")}
+        groups = [
+            {key: value for key, value in group.items() if key != "param_names"}
+            for group in optimizer.param_groups
+        ]
+        return self.share_out(groups, type(optimizer), **defaults)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The whole model on the main rank's CPU; empty on the others."""
+        if not self.world.main:
+            return {}
+        return {name: t.detach().cpu().clone() for name, t in self.named_model.state_dict().items()}
+
+
+class ZeroRedundancy(_Shares):
+    """torch's own."""
+
+    name = "zero-redundancy"
+
+    def share_out(
+        self, groups: list[dict[str, Any]], kind: type[torch.optim.Optimizer], **defaults: Any
+    ) -> torch.optim.Optimizer:
+        """`ZeroRedundancyOptimizer`."""
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(groups, kind, **defaults)
+
+
+class FairscaleOSS(_Shares):
+    """fairscale's, under torch's DistributedDataParallel or its own ShardedDataParallel."""
+
+    name = "fairscale-oss"
+    options = OSSOptions
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """As torch's; ShardedDataParallel is made of the optimizer, in `prepare`."""
+        import_fairscale()
+        if not self.options_given.sharded_ddp:
+            return super().wrap(model)
+        need_ranks(self.name)
+        return model
+
+    def share_out(
+        self, groups: list[dict[str, Any]], kind: type[torch.optim.Optimizer], **defaults: Any
+    ) -> torch.optim.Optimizer:
+        """`OSS`, and the wrapper that knows it."""
+        fairscale = import_fairscale()
+        whole: torch.optim.Optimizer = fairscale.optim.OSS(groups, kind, **defaults)
+        if self.options_given.sharded_ddp:
+            self.model = fairscale.nn.data_parallel.ShardedDataParallel(
+                self.model, whole, warn_on_trainable_params_changed=False
+            )
+        return whole
+
+    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
+        """Clip, step and clear the gradients; under the sharded wrapper a rank has those of its share only."""
+        if not self.options_given.sharded_ddp:
+            super().step(optimizer, max_grad_norm=max_grad_norm)
+            return
+        whole: Any = optimizer
+        if max_grad_norm is not None:
+            whole.clip_grad_norm(max_grad_norm)
+        whole.step()
+        self.model.zero_grad()  # in the wrapper's buffers, which the optimizer's would take them out of
