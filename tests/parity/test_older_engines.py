@@ -32,8 +32,10 @@ FAIRSCALE = (
 )
 SHARES = (("zero_redundancy", 2), ("zero_redundancy", 4), ("oss", 2), ("oss", 4), ("oss_sharded", 2))
 
-QUICK = {"fsdp1": 2, "fsdp1_flat": 4, "fairscale_fsdp": 2, "zero_redundancy": 2, "oss": 2}
-"""Where both forms of every case are quick; elsewhere they take turns, and the rest is slow."""
+FULL = (("fsdp1", 2), ("fsdp1_flat", 4), ("fairscale_fsdp", 2), ("zero_redundancy", 2), ("oss", 4))
+"""Where every case is quick, the two forms in turn; elsewhere those below are, and the rest is slow."""
+
+ALWAYS = ("uneven", "frozen", "frozen_unit", "tied", "rules", "two_groups", "per_step", "spd_basic-float")
 
 EVERYWHERE = (
     "uneven",
@@ -66,8 +68,9 @@ def _cross(
 ) -> Iterator[Task]:
     label = "-".join(str(v).removeprefix("torch.") for v in options.values())
     for i, form in enumerate(FORMS):
-        slow = QUICK.get(engine) != world and i != turn % 2
         name = "-".join(filter(None, (function.__name__, label, form)))
+        quick = (engine, world) in FULL or any(always in name for always in ALWAYS)
+        slow = not quick or i != (turn + world) % 2
         yield Task(name, engine, world, function, {"form": form, **options}, slow=slow)
 
 
@@ -111,10 +114,22 @@ def _of(engine: str, world: int) -> Iterator[Task]:
         yield from _cross(engine, world, collective_cases.per_step, 1, expected=split)
     if not engine.startswith("fairscale"):
         for turn, (label, rule) in enumerate(kept_cases.RULES.items()):
-            yield Task(f"kept-{label}", engine, world, kept_cases.kept, {"form": FORMS[turn], "rule": rule})
+            options = {"form": FORMS[turn], "rule": rule}
+            slow = (engine, world) not in FULL
+            yield Task(f"kept-{label}", engine, world, kept_cases.kept, options, slow=slow)
+
+
+def _odd() -> Iterator[Task]:
+    """Three ranks: chunks that no power of two divides."""
+    for turn, engine in enumerate(("fsdp1_odd", "fsdp1_flat_odd")):
+        for name in ("uneven", "file_anchor"):
+            yield from _cross(engine, 3, getattr(cases, name), turn)
+        for stem in ("spd_basic", "spd_missing_grads"):
+            yield from _cross(engine, 3, cases.golden, turn, stem=stem, dtype=torch.float64)
 
 
 def _tasks() -> Iterator[Task]:
+    yield from _odd()
     for engine, world in (*FSDP1, *FSDP1_OTHER, *FSDP1_MIXED, *FAIRSCALE, *SHARES):
         yield from _of(engine, world)
     for engine, world in FSDP1:

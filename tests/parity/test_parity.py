@@ -119,6 +119,24 @@ def _oracle() -> Iterator[Task]:
     yield from _formless((("ddp", 2), ("ddp", 4)), cases.ranks_bit_equal)
 
 
+MESHES = (("hsdp_tp", 8), ("fsdp2_ep", 4), ("fsdp2_odd", 3))
+"""A mesh of three axes, parameters on meshes of their own, a number of ranks that is no power of two."""
+
+
+def _meshes() -> Iterator[Task]:
+    for cell in MESHES:
+        for first, function in enumerate((cases.uneven, cases.rules, cases.file_anchor, cases.frozen)):
+            yield from _cross((cell,), function, first=first)
+        for first, stem in enumerate(("spd_basic", "spd_missing_grads")):
+            if cell[0] == "fsdp2_ep":  # no layer there is an expert
+                continue
+            yield from _cross((cell,), cases.golden, first=first, label=stem, stem=stem, dtype=torch.float64)
+        yield from _cross((cell,), resume_cases.same_world, label="file", source="file")
+        yield from _cross((cell,), seam_cases.toy_rule, label="row_ball", toy="row_ball")
+    for cell, expected in (("hsdp_tp", 8), 2), (("fsdp2_ep", 4), 3), (("fsdp2_odd", 3), 1):
+        yield from _cross((cell,), collective_cases.per_step, expected=expected)
+
+
 def _resume() -> Iterator[Task]:
     for source in ("snapshot", "file"):
         yield from _cross(EXACT, resume_cases.same_world, label=source, source=source)
@@ -152,7 +170,7 @@ def _seam() -> Iterator[Task]:
         yield from _cross((("ddp", 2),), seam_cases.toy_collectives, label=label, expected=0, **options)
 
 
-TASKS = [*_golden(), *_oracle(), *_resume(), *_collectives(), *_seam()]
+TASKS = [*_golden(), *_oracle(), *_meshes(), *_resume(), *_collectives(), *_seam()]
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -184,6 +185,38 @@ class Fsdp2Tp(Fsdp2):
 
 
 @dataclass
+class HsdpTp(Fsdp2Tp):
+    """Replicas of a model that is sharded and tensor-parallel: a mesh of three axes."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Tensor parallelism first, as torch wants it."""
+        names = ("replicate", "shard", "tp")
+        mesh = init_device_mesh("cpu", (2, self.world // 4, 2), mesh_dim_names=names)
+        tensor_parallel(model, mesh["tp"])
+        for child in model.children():
+            if sum(1 for _ in child.parameters()) > 1:
+                fully_shard(child, mesh=mesh["replicate", "shard"])
+        return fully_shard(model, mesh=mesh["replicate", "shard"])
+
+
+@dataclass
+class Experts(Fsdp2Tp):
+    """Experts split over pairs of ranks and sharded over the pairs, all else sharded over all ranks."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """As mixtures of experts are parallelised: parameters of one model on different meshes."""
+        mesh = init_device_mesh("cpu", (self.world // 2, 2), mesh_dim_names=("efsdp", "ep"))
+        everyone = init_device_mesh("cpu", (self.world,), mesh_dim_names=("dp",))
+        experts = model.get_submodule("block.mlp")
+        for name, param in list(experts.named_parameters(recurse=False)):
+            split = distribute_tensor(param.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
+            experts.register_parameter(name, nn.Parameter(split, requires_grad=param.requires_grad))
+        fully_shard(experts, mesh=mesh["efsdp"])
+        fully_shard(model.get_submodule("block"), mesh=everyone)
+        return fully_shard(model, mesh=everyone)
+
+
+@dataclass
 class Tp(Engine):
     """Tensor and sequence parallelism alone: norm gradients are Partial, some parameters plain tensors."""
 
@@ -217,6 +250,9 @@ ENGINES = {
     "fsdp2": Fsdp2,
     "hsdp": Hsdp,
     "fsdp2_tp": Fsdp2Tp,
+    "fsdp2_odd": partial(Fsdp2, exact=False),  # what three ranks average is rounded
+    "hsdp_tp": HsdpTp,
+    "fsdp2_ep": Experts,
     "tp": Tp,
     "fsdp2_offload": _offload,
     "fsdp2_mixed": _mixed,

@@ -310,6 +310,8 @@ def _mixed(scratch: Path, *, orig: bool) -> Engine:
 OLDER: dict[str, Callable[[Path], Engine]] = {
     "fsdp1": Fsdp1,
     "fsdp1_flat": partial(Fsdp1, orig=False),
+    "fsdp1_odd": partial(Fsdp1, exact=False),  # what three ranks average is rounded
+    "fsdp1_flat_odd": partial(Fsdp1, exact=False, orig=False),
     "fsdp1_grad_op": partial(Fsdp1, strategy="SHARD_GRAD_OP"),
     "fsdp1_flat_grad_op": partial(Fsdp1, orig=False, strategy="SHARD_GRAD_OP"),
     "fsdp1_hybrid": partial(Fsdp1, strategy="HYBRID_SHARD"),

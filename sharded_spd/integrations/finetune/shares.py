@@ -104,7 +104,7 @@ class FairscaleOSS(_Shares):
         return whole
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
-        """Clip, step and clear the gradients; under the sharded wrapper a rank has those of its share only."""
+        """Clip, step and clear the gradients; the sharded wrapper leaves a rank those of its share only."""
         if not self.options_given.sharded_ddp:
             super().step(optimizer, max_grad_norm=max_grad_norm)
             return
