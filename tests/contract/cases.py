@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -99,14 +100,15 @@ def loaded_after_snapshot(engine: Engine, *, form: Form) -> None:
     """One row, which lies on one rank of a replica, was changed after the snapshot: every rank raises."""
     start = tensors()
     training = Training(engine, start, SPD, form=form)
-    weight = training.params["embed.weight"]
-    assert isinstance(weight, DTensor)
+    name, weight = next((n, p) for n, p in training.params.items() if "embed.weight" in engine.layers(n))
     with torch.no_grad():
-        (chunk,) = weight.__create_chunk_list__()
-        if tuple(chunk.offsets) == (0, 0):
+        if not isinstance(weight, DTensor):  # flat
+            weight[: 1 - engine.rank] += 1.0
+        elif tuple(weight.__create_chunk_list__()[0].offsets) == (0, 0):
             weight.to_local()[0] += 1.0
     training.backward(gradients(start, 1)[0])
-    refused(engine, training.optimizer.step, (ValueError,), r"embed\.weight", r"bind\(\)")
+    first = re.escape(engine.layers(name)[0])
+    refused(engine, training.optimizer.step, (ValueError,), first, r"bind\(\)")
 
 
 def unbound(engine: Engine, *, form: Form) -> None:

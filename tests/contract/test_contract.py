@@ -46,6 +46,25 @@ def _all() -> Iterator[Task]:
     for function in (cases.thawed_between_bindings, cases.frozen_layer_loaded_on_one_rank):
         yield from _tasks((*SHARDED, ("fsdp2_tp", 4)), function, FORMS)
     yield from _tasks((("fsdp2", 4),), cases.more_ranks_than_rows, FORMS)
+    flat = (("fsdp1", 2), ("fsdp1_flat", 2))
+    for turn, function in enumerate(
+        (
+            cases.file_missing_on_one_rank,
+            cases.file_truncated_on_one_rank,
+            cases.file_of_another_model,
+            cases.unbound,
+            cases.swapped,
+            cases.another_anchor_on_resume,
+            cases.loaded_after_snapshot,
+            cases.nan_on_one_rank,
+        )
+    ):
+        yield from _tasks(flat, function, FORMS[turn % 2 :][:1])
+    yield from _tasks(flat[:1], cases.thawed_between_bindings, FORMS)
+    yield from _tasks(flat[:1], cases.frozen_layer_loaded_on_one_rank, FORMS)
+    for cell in (("zero_redundancy", 2), ("oss", 2)):
+        for function in (cases.file_missing_on_one_rank, cases.file_truncated_on_one_rank):
+            yield from _tasks((cell,), function, FORMS)
     for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         yield from _tasks(
             (("single", 1), *SHARDED), precision_cases.ratio_of_a_large_layer, dtype=dtype, lr=lr
