@@ -60,6 +60,7 @@ def _all() -> Iterator[Task]:
         )
     ):
         yield from _tasks(flat, function, FORMS[turn % 2 :][:1])
+    yield from _tasks((("fsdp1_hybrid", 4),), cases.file_missing_on_one_rank, FORMS[:1])
     yield from _tasks(flat[:1], cases.thawed_between_bindings, FORMS)
     yield from _tasks(flat[:1], cases.frozen_layer_loaded_on_one_rank, FORMS)
     for cell in (("zero_redundancy", 2), ("oss", 2)):

@@ -365,6 +365,30 @@ def few_layers(engine: Engine) -> None:
         follow(Training(engine, start, SPD, form=form), Oracle(start, start, SPD), gradients(start, 12))
 
 
+def two_shares(engine: Engine) -> None:
+    """One projector over two optimizers that share out different layers."""
+    start = tensors()
+    model = engine.wrap(Probe(start))
+    params = engine.named(model)
+    names = list(params)
+    whole = []
+    for own, lr in ((names[::2], 0.02), (names[1::2], 0.05)):
+        groups = [{"params": [params[name] for name in own]}]
+        optimizer, model = engine.optimizer(model, torch.optim.Adam, groups, lr=lr)
+        whole.append(optimizer)
+    projector = attach(whole, model, SPDConfig(weight_decay=SPD.weight_decay))
+    options = {name: replace(SPD, lr=0.02 if name in names[::2] else 0.05) for name in names}
+    oracle = Oracle(start, start, options)
+    for t, given in enumerate(gradients(start, 6)):
+        _backward(engine, model, given, t)
+        for optimizer in whole:
+            optimizer.step()
+            optimizer.zero_grad()
+        oracle.step(given)
+        assert_float64_parity(engine.weights(params), oracle.weights, label=f"step {t}:")
+    assert projector.num_steps == 6
+
+
 def overlap_with_ddp(engine: Engine) -> None:
     """Its optimizer is made while the backward runs, and steps gradients that nobody else sees."""
     from torch.distributed.optim import ZeroRedundancyOptimizer

@@ -153,6 +153,7 @@ def _tasks() -> Iterator[Task]:
         yield from _cross(engine, world, older_cases.group_added, 0)
         yield Task("pattern_of_another_rank", engine, world, older_cases.pattern_of_another_rank)
         yield Task("few_layers", engine, world, older_cases.few_layers)
+        yield Task("two_shares", engine, world, older_cases.two_shares)
     yield Task("overlap_with_ddp", "zero_redundancy", 2, older_cases.overlap_with_ddp)
     yield Task("lost_buckets", "oss_sharded", 2, older_cases.lost_buckets)
 
