@@ -58,7 +58,7 @@ class ParameterAdapter:
         self.params: dict[str, Tensor] = {}
         self._parts: dict[Tensor, Part] = {}
         self._pieces: dict[str, tuple[ShardSlice, Part]] = {}
-        self._groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self._groups: Sequence[ProcessGroup] = ()
         self._stepped: set[Optimizer] = set()
         self._replicas = group
         self._wholes, self._everywhere = tuple(wholes), everywhere
@@ -85,8 +85,7 @@ class ParameterAdapter:
     def agreement_groups(self) -> Sequence[ProcessGroup]:
         """The groups of all axes of the layers' meshes, replicated ones too, DDP's, and `everywhere`."""
         others = [g for g in (self._replicas, self._everywhere) if g is not None]
-        by_ranks = {tuple(dist.get_process_group_ranks(g)): g for g in others}
-        return list({**by_ranks, **self._groups}.values())
+        return list(dict.fromkeys(_one_per_ranks([*self._groups, *others]).values()))
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
@@ -131,9 +130,8 @@ class ParameterAdapter:
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
-        self._groups = _by_ranks(group for part in parts.values() for group in part.groups)
-        scopes = _scopes(pieces)
-        everywhere = self._everywhere
+        self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
+        scopes, everywhere = _scopes(pieces), self._everywhere
         return ShardLayout(tuple(params), shapes, scopes, self._view.fqns, renamed, everywhere=everywhere)
 
     def _part(self, fqn: str, param: Tensor) -> Part:
@@ -166,7 +164,7 @@ class ParameterAdapter:
                     if param in self.names or param in self._view.parts:
                         yield self.names.get(param, prefix + made_up_name(g, i)), param, True
                     elif self._wholes:
-                        yield whole[param], param, whole_named
+                        yield whole.get(param, prefix + made_up_name(g, i)), param, whole_named
                     elif i < len(group.get("param_names", ())):
                         yield cleaned[group["param_names"][i]], param, True
                     else:
@@ -181,7 +179,10 @@ class ParameterAdapter:
         """
         for whole, known in zip(self._wholes, self._num_groups, strict=True):
             if len(whole.param_groups) != known:  # this rank may have no share of the new group
-                self._raise_unknown(whole, whole.param_groups[-1], len(whole.param_groups) - 1, 0)
+                raise BindingError(
+                    f"{type(whole).__name__} has {len(whole.param_groups)} param groups, {known} when the "
+                    "anchors were bound; call bind() after adding groups, and before the next step"
+                )
         shards = []
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
@@ -272,18 +273,22 @@ class ParameterAdapter:
         return take_part(saved, piece) if part.flat else local_tensor(saved).reshape(-1)
 
 
-def _by_ranks(groups: Iterable[ProcessGroup]) -> dict[tuple[int, ...], ProcessGroup]:
-    # By ranks, for equal meshes made twice have groups of their own: one reduction serves them.
-    result: dict[tuple[int, ...], ProcessGroup] = {}
-    for group in groups:
-        result.setdefault(tuple(dist.get_process_group_ranks(group)), group)
-    return result
+def _one_per_ranks(groups: Iterable[ProcessGroup]) -> dict[ProcessGroup, ProcessGroup]:
+    """For each group the first one of the same ranks.
+
+    Equal meshes that were made twice have groups of their own: one reduction serves them.
+    """
+    ranks = {group: tuple(dist.get_process_group_ranks(group)) for group in dict.fromkeys(groups)}
+    first: dict[tuple[int, ...], ProcessGroup] = {}
+    for group, own in ranks.items():
+        first.setdefault(own, group)
+    return {group: first[own] for group, own in ranks.items()}
 
 
 def _scopes(pieces: Mapping[str, tuple[ShardSlice, Part]]) -> tuple[Scope, ...]:
-    groups = _by_ranks(group for _, part in pieces.values() for group in part.split)
-    layers: dict[tuple[int, ...], list[str]] = {ranks: [] for ranks in groups}
+    first = _one_per_ranks(group for _, part in pieces.values() for group in part.split)
+    layers: dict[ProcessGroup, list[str]] = {group: [] for group in first.values()}
     for fqn, (_, part) in pieces.items():
         for group in part.split:
-            layers[tuple(dist.get_process_group_ranks(group))].append(fqn)
-    return tuple(Scope(group, tuple(layers[ranks])) for ranks, group in groups.items())
+            layers[first[group]].append(fqn)
+    return tuple(Scope(group, tuple(own)) for group, own in layers.items())

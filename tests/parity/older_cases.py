@@ -318,7 +318,7 @@ def group_added(engine: Engine, *, form: Form) -> None:
         if t == 3:
             optimizer.add_param_group({"params": [params[name] for name in later]})
             if form == "attached":
-                refused(engine, optimizer.step, (BindingError,), r"not bound.*bind\(\)")
+                refused(engine, optimizer.step, (BindingError,), r"2 param groups, 1 when.*bind\(\)")
                 projector.bind()
         optimizer.step()
         optimizer.zero_grad()
