@@ -220,6 +220,21 @@ def anchors_of_a_share(engine: Engine) -> None:
             training.steps += 1
 
 
+def anchors_of_a_shard(engine: Engine) -> None:
+    """No more than this rank's part of the flat tensors, padding left out; the fingerprint is the model's."""
+    start = tensors(dtype=engine.dtype)
+    alone = AdamSPD(Probe(start).named_parameters())
+    for form in FORMS:
+        training = Training(engine, start, SPD, form=form)
+        held = training.projector.export_anchors().values()
+        numel = sum(anchor.values.numel() for anchor in held if anchor.values is not None)
+        assert numel <= sum(p.numel() for p in training.params.values())
+        whole = torch.tensor(numel)
+        dist.all_reduce(whole)
+        assert int(whole) == sum(w.numel() for w in start.values())
+        assert training.projector.fingerprint == alone.projector.fingerprint
+
+
 def same_fingerprint(engine: Engine) -> None:
     """That of all ranks' layers together, as on one process."""
     start = tensors()

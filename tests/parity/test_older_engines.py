@@ -138,6 +138,8 @@ def _tasks() -> Iterator[Task]:
         for toy in seam_cases.TOYS:
             yield from _cross(engine, world, seam_cases.toy_rule, world // 4, toy=toy)
             yield from _cross(engine, world, seam_cases.toy_resumes, world // 4, toy=toy)
+    for engine, world in (*FSDP1, *FAIRSCALE):
+        yield Task("anchors_of_a_shard", engine, world, older_cases.anchors_of_a_shard)
     for engine, world in (("fsdp1", 2), ("fsdp1_flat", 2), ("fairscale_fsdp", 2)):
         yield Task("without_model", engine, world, older_cases.without_model)
     yield Task("sharded_after_binding", "fsdp1", 2, older_cases.sharded_after_binding)

@@ -23,11 +23,14 @@ class Rebinds(torch.optim.SGD):
     """Puts new memory in place of the old, as bitsandbytes does for what is not contiguous."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     p.data = p.data - group["lr"] * p.grad
+        return loss
 
 
 BASES: dict[str, Callable[[Params], torch.optim.Optimizer]] = {
