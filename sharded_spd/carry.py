@@ -28,6 +28,12 @@ def export_layers(plans: Iterable[Plan], adapter: EngineAdapter) -> Layers:
     return layers
 
 
+def stateful_layers(plans: Iterable[Plan]) -> dict[str, None]:
+    """The layers whose rule declares state."""
+    specs = [(part.fqns, part.rule.spec) for plan in plans for part in plan.parts]
+    return {fqn: None for fqns, spec in specs if spec.layer_state or spec.shard_state for fqn in fqns}
+
+
 def restore_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mapping[str, Any]) -> None:
     """Put exported state back (the plans' state is modified in place).
 

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import warn
-from sharded_spd.agree import agree, union
+from sharded_spd.agree import agree, check_same_layers, union
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind, flat
-from sharded_spd.carry import export_layers, move_layers, restore_layers
+from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.layout import BoundShard, ShardLayout
@@ -50,6 +50,7 @@ class Projector:
         self._steps: dict[Optimizer, Step] = {}
         self._together = together
         self._waiting: list[tuple[Step, Reduction]] = []
+        self._stateful = False
         self._moved = False
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
@@ -136,9 +137,10 @@ class Projector:
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
                 "model, load the pre-trained weights, and then call bind()"
             )
+        groups = self._adapter.agreement_groups
+        check_same_layers(layout, groups)
         old, renamed = self._binding, layout.renamed
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
-        groups = self._adapter.agreement_groups
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
         theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
         layout = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
@@ -151,6 +153,7 @@ class Projector:
         for optimizer in self._adapter.optimizers:
             for call in self._adapter.inner_steps(optimizer):
                 self._plan(call, plans, renamed)
+        self._stateful = bool(union(stateful_layers(self._plans.values()), layout.everywhere))
         self._adapter.mark(binding.fingerprint)
         if old is None:
             self._restore(self._loaded)
@@ -292,10 +295,13 @@ class Projector:
         return union(measure_deviation(binding, shards), binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors."""
+        """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors.
+
+        Collective where ranks have different layers and a rule has state.
+        """
         fingerprint = self._binding.fingerprint if self._binding is not None else ""
         layers = export_layers(self._plans.values(), self._adapter)
-        if self._binding is not None:
+        if self._binding is not None and self._stateful:
             layers = union(layers, self._binding.layout.everywhere)
         return {"fingerprint": fingerprint, "num_steps": self.num_steps, "layers": layers}
 

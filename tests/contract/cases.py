@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach
 from sharded_spd.config import LayerConfig
+from sharded_spd.errors import BindingError
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
 from tests.support.compare import assert_float64_parity
@@ -87,6 +88,18 @@ def pattern_of_nothing(engine: Engine) -> None:
     base = torch.optim.Adam(model.parameters(), lr=0.01)
     config = SPDConfig(layers=(LayerConfig(pattern="haed.*", weight_decay=0.0),))
     refused(engine, lambda: attach(base, model, config), (ValueError,), r"haed\.\*", "head")
+
+
+def parameters_that_one_rank_lacks(engine: Engine) -> None:
+    """Left out on one rank, say because it holds nothing of them, or listed in another order there."""
+    model = engine.wrap(Probe(tensors()))
+    named = list(model.named_parameters())
+    odd = engine.rank == engine.world - 1
+    fewer = [(fqn, p) for fqn, p in named if not (odd and "attn.bias" in fqn)]
+    who = f"rank {engine.world - 1}"
+    refused(engine, lambda: AdamSPD(fewer, model=model), (BindingError,), who, "block.attn.bias")
+    turned = named[::-1] if odd else named
+    refused(engine, lambda: AdamSPD(turned, model=model), (BindingError,), "order")
 
 
 def negative_lambda(engine: Engine) -> None:

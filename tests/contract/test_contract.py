@@ -46,6 +46,8 @@ def _all() -> Iterator[Task]:
     for function in (cases.thawed_between_bindings, cases.frozen_layer_loaded_on_one_rank):
         yield from _tasks((*SHARDED, ("fsdp2_tp", 4)), function, FORMS)
     yield from _tasks((("fsdp2", 4),), cases.more_ranks_than_rows, FORMS)
+    for cell in (("fsdp2", 2), ("hsdp", 4), ("fsdp1", 2)):
+        yield from _tasks((cell,), cases.parameters_that_one_rank_lacks)
     flat = (("fsdp1", 2), ("fsdp1_flat", 2))
     for turn, function in enumerate(
         (
