@@ -15,7 +15,13 @@ from sharded_spd.layout import ShardLayout
 T = TypeVar("T")
 _KINDS = {
     c.__name__: c
-    for c in (errors.AnchorError, errors.BindingError, errors.ConfigError, errors.UnsupportedError)
+    for c in (
+        errors.AnchorError,
+        errors.BindingError,
+        errors.CheckpointError,
+        errors.ConfigError,
+        errors.UnsupportedError,
+    )
 }
 
 

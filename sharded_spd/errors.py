@@ -15,3 +15,7 @@ class BindingError(RuntimeError):
 
 class UnsupportedError(TypeError):
     """An optimizer, tensor or engine setting under which the method would be silently wrong."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, is damaged, or does not fit what it is to be loaded into."""

@@ -81,6 +81,12 @@ class Projector:
         """The fingerprint of all anchors, the same for every layout. Raises BindingError before `bind()`."""
         return self._require().fingerprint
 
+    @property
+    def fingerprints(self) -> dict[str, tuple[int, ...]]:
+        """The fingerprint of each layer's anchor, also of layers that only other ranks have."""
+        binding = self._require()
+        return {**binding.elsewhere, **binding.fingerprints}
+
     def group_fingerprints(self, optimizer: Optimizer, ranks: ProcessGroup | None = None) -> list[str]:
         """The anchors' fingerprint of each param group, as "HASH/LAYERS", over all `ranks` together."""
         known = self._require().fingerprints

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from sharded_spd.checkpoint.deepspeed import load_checkpoint, save_checkpoint
 from sharded_spd.errors import ConfigError
-from sharded_spd.projector import Projector
 
-KEY = "sharded_spd"
-"""Where the projector's state stands in DeepSpeed's `client_state`."""
+__all__ = ["disable_shm_op", "import_deepspeed", "load_checkpoint", "save_checkpoint"]
 
 
 def disable_shm_op() -> None:
@@ -40,39 +38,3 @@ def import_deepspeed() -> Any:
             "DeepSpeed is not installed; pip install 'sharded_spd[deepspeed]' brings it"
         ) from None
     return deepspeed
-
-
-def save_checkpoint(
-    engine: Any,
-    projector: Projector,
-    directory: str,
-    tag: str | None = None,
-    client_state: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Any:
-    """`engine.save_checkpoint`, with the projector's state in `client_state`. Collective.
-
-    Raises:
-        ConfigError: where `client_state` has an entry of that name already.
-    """
-    if client_state is not None and KEY in client_state:
-        raise ConfigError(f"client_state has an entry {KEY!r}, which is the projector's; rename yours")
-    state = {**(client_state or {}), KEY: projector.state_dict()}
-    return engine.save_checkpoint(directory, tag=tag, client_state=state, **options)
-
-
-def load_checkpoint(
-    engine: Any, projector: Projector, directory: str, tag: str | None = None, **options: Any
-) -> tuple[str | None, dict[str, Any]]:
-    """`engine.load_checkpoint`, and the projector's state from it; its path and the rest of `client_state`.
-
-    Collective. Where there is no checkpoint the path is None, as DeepSpeed has it.
-
-    Raises:
-        AnchorError: where the checkpoint was written with another anchor; on all ranks.
-    """
-    path, client_state = engine.load_checkpoint(directory, tag=tag, **options)
-    rest = dict(client_state or {})
-    if KEY in rest:
-        projector.load_state_dict(rest.pop(KEY))
-    return path, rest

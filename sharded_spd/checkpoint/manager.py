@@ -1,0 +1,268 @@
+"""Checkpoints of a training run: saved whole or not at all, resumed on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from sharded_spd.agree import agree
+from sharded_spd.checkpoint import deepspeed
+from sharded_spd.checkpoint.codec import join, merge, split, tensor_names
+from sharded_spd.checkpoint.folder import check_complete, find_latest, folder_of, start_folder
+from sharded_spd.checkpoint.live import RNG, Live, as_optimizers, check_fits
+from sharded_spd.checkpoint.rng import rng_state, set_rng_state
+from sharded_spd.checkpoint.storage import Reader, StagedPlanner, Writer, read_metadata
+from sharded_spd.errors import CheckpointError, UnsupportedError
+from sharded_spd.projector import Projector
+
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a run goes on: the step that was saved, its folder, and what was saved as `extra`."""
+
+    step: int
+    path: Path
+    extra: Any
+
+
+class Checkpoints:
+    """Saves and loads a run's model, optimizer, projector, scheduler, random numbers and position.
+
+    A folder `step-N` appears in `directory` only when every rank has written its part and the marker is in
+    it: whenever a save is killed, the checkpoints before it are there. Tensors lie in safetensors files, the
+    rest in JSON; nothing is pickled (DeepSpeed's own files, for its engines, are). Every method is
+    collective. `directory` must be the same storage for all ranks.
+
+    Args:
+        directory: where the folders go.
+        keep_last: how many complete ones stay; None: all.
+        asynchronous: copy to host memory, go on training, and write in the background.
+        group: the ranks that save together; None: all.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int | None = 3,
+        asynchronous: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise CheckpointError(f"keep_last: got {keep_last}; wanted 1 or more, or None to keep all")
+        self.directory = Path(directory)
+        self._keep, self._asynchronous = keep_last, asynchronous
+        self._group = dist.group.WORLD if group is None and dist.is_initialized() else group
+        self._behind: dist.ProcessGroup | None = None
+        self._running: tuple[Future[Any], Writer] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        *,
+        projector: Projector | None = None,
+        scheduler: Any = None,
+        extra: Any = None,
+    ) -> Path:
+        """Save the run as it is after `step`; where it will be is returned.
+
+        `model` may be a DeepSpeed engine, which brings its optimizer and scheduler. `extra`: numbers,
+        strings, lists, dicts and tensors, the same on every rank: the data loader's position, say.
+
+        Raises:
+            CheckpointError: on every rank, where one could not write; the checkpoints before are untouched.
+                With `asynchronous` the next call or `wait` raises it.
+        """
+        self.wait()
+        live = _live(model, optimizer, projector, scheduler)
+        final = folder_of(self.directory, step)
+        values: dict[str, Any] = {"extra": extra, "step": step}
+        part: Path | None = None
+        if deepspeed.is_engine(model):
+            if self._asynchronous:
+                raise UnsupportedError("asynchronous: DeepSpeed writes its own files; wanted False")
+            part = self._shared(lambda: start_folder(final))
+            deepspeed.save(model, live.projector, part)
+        else:
+            values.update(live.state())
+            if scheduler is not None:
+                values["scheduler"] = scheduler.state_dict()
+        tensors, encoded = agree(lambda: split(values), self._groups)
+        for name, state in rng_state().items():
+            tensors[f"{RNG}/{live.rank}/{name}"] = state
+        encoded["anchors"] = live.anchors()
+        facts = {
+            "step": step,
+            "world_size": 1 if self._group is None else self._group.size(),
+            "torch": torch.__version__,
+        }
+        writer = Writer(final, encoded, facts, self._keep, part)
+        if self._asynchronous:
+            self._running = (self._start(tensors, writer), writer)
+        else:
+            self._attempt(writer, lambda: dcp_save(tensors, storage_writer=writer, **self._where))
+        return final
+
+    def _start(self, tensors: dict[str, Any], writer: Writer) -> Future[Any]:
+        if self._group is not None and self._behind is None:
+            # The saving thread's collectives must not mix with those of the training.
+            ranks = dist.get_process_group_ranks(self._group)
+            self._behind = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        planner = StagedPlanner(tensors)
+        where = {"process_group": self._behind, "no_dist": self._group is None}
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        future = thread.submit(dcp_save, tensors, storage_writer=writer, planner=planner, **where)
+        thread.shutdown(wait=False)
+        return future
+
+    def wait(self) -> None:
+        """Wait for a save in the background.
+
+        Raises:
+            CheckpointError: on every rank, where it failed.
+        """
+        if self._running is not None:
+            (future, writer), self._running = self._running, None
+            self._attempt(writer, future.result)
+
+    def _attempt(self, writer: Writer, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            writer.clean_up()
+            raise CheckpointError(f"{self.directory}: nothing was saved: {_reason(error)}") from None
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; a newer one that is not complete is named in a log line."""
+        found = self._shared(lambda: find_latest(self.directory))
+        if self._first:
+            for text in found.skipped:
+                _LOG.warning("%s; it is passed over", text)
+        return found.path
+
+    def load(
+        self,
+        model: Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        *,
+        projector: Projector | None = None,
+        scheduler: Any = None,
+        path: str | os.PathLike[str] = "auto",
+    ) -> Resumed | None:
+        """Load the newest complete checkpoint, or that at `path`; None where "auto" finds none.
+
+        The model, the optimizer and the anchors must be set up as they were, on any number of ranks and under
+        any engine of the same kind of checkpoint (DeepSpeed has its own). At the same number of ranks the run
+        goes on bit for bit. Ranks beyond those of the run that saved keep their random numbers.
+
+        Raises:
+            CheckpointError: damaged, or of another model; on every rank, before anything is loaded.
+            AnchorError: written with another anchor, it names the layers; on every rank, before that, too.
+        """
+        self.wait()
+        folder = self.latest() if path == "auto" else Path(path)
+        if folder is None:
+            return None
+        live = _live(model, optimizer, projector, scheduler)
+        marker = agree(lambda: check_complete(folder), self._groups)
+        metadata, values = agree(lambda: read_metadata(folder), self._groups)
+        agree(lambda: live.check_anchors(values.get("anchors")), self._groups)
+        own, parts = ({}, {}) if deepspeed.is_engine(model) else split(live.state())
+        agree(lambda: self._check(own, metadata, values, live, folder), self._groups)
+        parts = {key: merge(part, values[key]) for key, part in parts.items()}
+        parts.update({key: values[key] for key in ("extra", "scheduler") if key in values})
+        others = [name for name in tensor_names(parts) if name not in own]
+        prefix = f"{RNG}/{live.rank}/"
+        others += [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
+        for name in others:
+            stored: Any = metadata.state_dict_metadata[name]
+            own[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        self._read(own, Reader(folder, metadata))
+        if deepspeed.is_engine(model):
+            deepspeed.load(model, live.projector, folder)
+        else:
+            live.restore(join({key: part for key, part in parts.items() if key != "extra"}, own))
+        set_rng_state({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})
+        return Resumed(int(marker["step"]), folder, join(parts.get("extra"), own))
+
+    def _check(self, own: Mapping[str, Any], metadata: Any, values: Any, live: Live, folder: Path) -> None:
+        parts = {
+            "model": not deepspeed.is_engine(live.model),
+            "optimizer": bool(live.optimizers),
+            "projector": live.projector is not None and not deepspeed.is_engine(live.model),
+            "scheduler": live.scheduler is not None,
+        }
+        for part, wanted in parts.items():
+            if wanted and part not in values:
+                raise CheckpointError(f"{folder}: was saved without a {part}; load it without, too")
+        check_fits(own, metadata, folder)
+        lost = [name for name in tensor_names(values) if name not in metadata.state_dict_metadata]
+        if lost:
+            raise CheckpointError(f"{folder}: is damaged: it has no tensor {lost[0]!r}")
+
+    def _read(self, tensors: dict[str, Any], reader: Reader) -> None:
+        # torch's default fails where a rank has no row of an FSDP1 tensor.
+        planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
+        try:
+            dcp_load(tensors, storage_reader=reader, planner=planner, **self._where)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint was not loaded: {_reason(error)}") from None
+
+    def _shared(self, action: Callable[[], T]) -> T:
+        """What the first rank finds, on all of them."""
+        box = [agree(lambda: action() if self._first else None, self._groups)]
+        if self._group is not None:
+            dist.broadcast_object_list(box, group=self._group, group_src=0)
+        return box[0]  # type: ignore[return-value]
+
+    @property
+    def _first(self) -> bool:
+        return self._group is None or self._group.rank() == 0
+
+    @property
+    def _groups(self) -> list[dist.ProcessGroup]:
+        return [] if self._group is None else [self._group]
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"process_group": self._group, "no_dist": self._group is None}
+
+
+def _live(model: Module, optimizer: Any, projector: Projector | None, scheduler: Any) -> Live:
+    optimizers = () if deepspeed.is_engine(model) else as_optimizers(optimizer)
+    for candidate in (model, *optimizers):
+        if type(candidate).__module__.startswith("fairscale") or hasattr(candidate, "consolidate_state_dict"):
+            raise UnsupportedError(
+                f"{type(candidate).__name__} keeps its state in a form of its own, which "
+                "torch.distributed.checkpoint does not know; save what its own state_dict gives"
+            )
+    own = [found for o in optimizers if isinstance(found := getattr(o, "projector", None), Projector)]
+    if projector is None and len(own) == 1:
+        projector = own[0]
+    return Live(model, optimizers, projector, scheduler)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = min(error.failures.items())
+        return f"rank {rank}: {_reason(inner)}"
+    return f"{type(error).__name__}: {error}" if not isinstance(error, CheckpointError) else str(error)

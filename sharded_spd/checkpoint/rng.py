@@ -1,0 +1,54 @@
+"""The random number generators of one rank as plain tensors, and back."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rng_state() -> dict[str, Tensor]:
+    """What torch (CPU and the current GPU), Python and, where it is loaded, NumPy would draw next."""
+    version, numbers, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *numbers], dtype=torch.int64),
+        "python_gauss": _optional(gauss),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        _, keys, position, has_gauss, cached = numpy.random.get_state()
+        state["numpy"] = torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64)
+        state["numpy_gauss"] = _optional(cached)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Draw on from where `rng_state` stood; what it did not know of is left alone."""
+    if "torch" in state:
+        torch.set_rng_state(state["torch"])
+    if "python" in state:
+        version, *numbers = state["python"].tolist()
+        random.setstate((version, tuple(numbers), _given(state["python_gauss"])))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    numpy: Any = sys.modules.get("numpy")
+    if "numpy" in state and numpy is not None:
+        *keys, position, has_gauss = state["numpy"].tolist()
+        cached = state["numpy_gauss"].item()
+        numpy.random.set_state(("MT19937", numpy.array(keys, dtype="uint32"), position, has_gauss, cached))
+
+
+def _optional(x: float | None) -> Tensor:
+    return torch.tensor(math.nan if x is None else x, dtype=torch.float64)
+
+
+def _given(x: Tensor) -> float | None:
+    return None if math.isnan(x.item()) else x.item()

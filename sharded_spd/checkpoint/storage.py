@@ -1,0 +1,272 @@
+"""Storage for torch.distributed.checkpoint without pickle: safetensors per rank and one JSON file.
+
+torch's own storage keeps its metadata, and everything that is no tensor, as pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from sharded_spd.checkpoint.folder import finish_folder, prune, read_json, start_folder, write_json
+from sharded_spd.errors import CheckpointError
+
+METADATA = "metadata.json"
+_FILE = re.compile(r"rank\d{5}\.safetensors")
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+class Writer(StorageWriter):
+    """Writes one checkpoint folder: each rank its file, the coordinator the rest, and the new name at last.
+
+    `values` is what the folder holds beside the tensors, `facts` what its marker says, `keep` how many
+    checkpoints stay (None: all), `part` the folder to write into where it was made already. Only the
+    coordinator's count.
+    """
+
+    def __init__(
+        self, final: Path, values: Any, facts: Mapping[str, Any], keep: int | None, part: Path | None = None
+    ) -> None:
+        self._final, self._values, self._facts, self._keep = final, values, dict(facts), keep
+        self._part = part
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is carried over from one save to the next."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the folder, on the coordinator, and tell every rank of it."""
+        self._part = self._part or start_folder(self._final)
+        return [replace(plan, storage_data=(str(self._part), rank)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors, one after the other, into its file."""
+        part, rank = plan.storage_data
+        name = f"rank{rank:05d}.safetensors"
+        results = _write_items(Path(part) / name, plan.items, planner) if plan.items else []
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write what is no tensor, mark the folder complete, and give it its name; on the coordinator."""
+        assert self._part is not None
+        places = {result.index: result.storage_data for own in results for result in own}
+        tensors = {}
+        described: Mapping[str, Any] = metadata.state_dict_metadata
+        for fqn, stored in described.items():
+            chunks = [
+                {
+                    "offsets": list(chunk.offsets),
+                    "sizes": list(chunk.sizes),
+                    "file": places[MetadataIndex(fqn, chunk.offsets)][0],
+                    "name": places[MetadataIndex(fqn, chunk.offsets)][1],
+                }
+                for chunk in stored.chunks
+                if math.prod(chunk.sizes) > 0
+            ]
+            dtype = str(stored.properties.dtype).removeprefix("torch.")
+            tensors[fqn] = {"dtype": dtype, "shape": list(stored.size), "chunks": chunks}
+        write_json(self._part / METADATA, {"values": self._values, "tensors": tensors})
+        finish_folder(self._part, self._final, self._facts)
+        if self._keep is not None:
+            prune(self._final.parent, self._keep)
+
+    def clean_up(self) -> None:
+        """Remove what a failed save has written."""
+        if self._part is not None:
+            shutil.rmtree(self._part, ignore_errors=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Paths."""
+        return True
+
+
+class StagedPlanner(DefaultSavePlanner):
+    """Saves the tensors as they were when it was made, from copies on the host.
+
+    torch's own staging knows no ShardedTensor, which FSDP1 has.
+    """
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        super().__init__()
+        self.set_up_planner(tensors, is_coordinator=True)  # with what is the same on all ranks
+        self._copies: dict[MetadataIndex, torch.Tensor] = {}
+        for item in create_default_local_save_plan(self.state_dict, True).items:
+            tensor = self.lookup_object(item.index).detach()
+            self._copies[item.index] = torch.empty_like(tensor, device="cpu").copy_(tensor)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The copy; let go once it is written."""
+        return self._copies.pop(write_item.index)
+
+
+class Reader(StorageReader):
+    """Reads the tensors of a checkpoint folder; of other ranks' files only the parts that are wanted."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self._folder, self._metadata = folder, metadata
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is carried over from one load to the next."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What `read_metadata` found."""
+        return self._metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan asks for into the planner's tensors."""
+        by_file = defaultdict(list)
+        for item in plan.items:
+            file, name = self._metadata.storage_data[item.storage_index]
+            by_file[file].append((name, item))
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(self._folder / file, framework="pt") as opened:
+                    for name, item in wanted:
+                        target = planner.resolve_tensor(item).detach()
+                        target.copy_(_read(opened, name, item.storage_offsets, item.lengths))
+                        planner.commit_tensor(item, target)
+            except (OSError, SafetensorError, ValueError, IndexError) as error:
+                raise CheckpointError(f"{self._folder / file}: is damaged: {error}") from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Paths."""
+        return True
+
+
+def read_metadata(folder: Path) -> tuple[Metadata, Any]:
+    """What a checkpoint folder holds: its tensors, for `Reader`, and the values beside them.
+
+    Raises:
+        CheckpointError: for what `Writer` would not have written; no file outside of the folder is named.
+    """
+    path = folder / METADATA
+    content = read_json(path)
+    found: dict[str, Any] = {}
+    places: dict[MetadataIndex, tuple[str, str]] = {}
+    try:
+        for fqn, entry in content["tensors"].items():
+            size, dtype = _numbers(entry["shape"]), getattr(torch, _known(entry["dtype"]))
+            chunks = []
+            for chunk in entry["chunks"]:
+                offsets, sizes = _numbers(chunk["offsets"]), _numbers(chunk["sizes"])
+                if not _FILE.fullmatch(chunk["file"]) or not isinstance(chunk["name"], str):
+                    raise ValueError(f"{chunk['file']!r:.100} is no file of a checkpoint")
+                if not len(offsets) == len(sizes) == len(size) or any(
+                    o + n > whole for o, n, whole in zip(offsets, sizes, size, strict=True)
+                ):
+                    raise ValueError(f"a part of {fqn!r} lies outside of it")
+                chunks.append(ChunkStorageMetadata(offsets, sizes))
+                places[MetadataIndex(fqn, offsets)] = (chunk["file"], chunk["name"])
+            if sum(math.prod(c.sizes) for c in chunks) != math.prod(size):
+                raise ValueError(f"the parts of {fqn!r} do not add up to it")
+            found[fqn] = TensorStorageMetadata(TensorProperties(dtype), size, chunks)
+        values = content["values"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
+    return Metadata(found, storage_data=places), values
+
+
+def _known(dtype: Any) -> str:
+    if dtype not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r:.100}")
+    return str(dtype)
+
+
+def _numbers(value: Any) -> torch.Size:
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        raise ValueError(f"wanted a list of sizes, got {value!r:.100}")
+    return torch.Size(value)
+
+
+def _read(opened: Any, name: str, offsets: torch.Size, lengths: torch.Size) -> torch.Tensor:
+    if not lengths:
+        whole: torch.Tensor = opened.get_tensor(name)
+        return whole
+    window = tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))
+    part: torch.Tensor = opened.get_slice(name)[window]
+    if part.shape != lengths:
+        raise ValueError(f"tensor {name!r} is smaller than {METADATA} says")
+    return part
+
+
+def _write_items(path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    """Stream tensors into a safetensors file, so that no more than one of them is held on the host."""
+    header: dict[str, Any] = {}
+    begin, results = 0, []
+    for item in items:
+        if item.tensor_data is None:
+            raise CheckpointError(f"{item.index.fqn}: is no tensor")
+        chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
+        name = f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
+        kind = str(dtype).removeprefix("torch.")
+        if kind not in _DTYPES:
+            raise CheckpointError(f"{item.index.fqn}: safetensors has no dtype {kind}")
+        size = math.prod(chunk.sizes) * dtype.itemsize
+        entry = {"dtype": _DTYPES[kind], "shape": list(chunk.sizes), "data_offsets": [begin, begin + size]}
+        header[name] = entry
+        results.append(WriteResult(item.index, size, (path.name, name)))
+        begin += size
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for item in items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, torch.Tensor)
+            whole = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(whole.view(torch.uint8).numpy().data if whole.numel() else b"")
+        file.flush()
+        os.fsync(file.fileno())
+    return results

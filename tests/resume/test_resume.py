@@ -1,0 +1,42 @@
+"""Checkpoints of real runs, on the same and on other ranks and engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.resume import cases
+from tests.support.launch import Task
+from tests.support.training import FORMS
+
+CELLS = (
+    ("single", 1),
+    ("ddp", 2),
+    ("fsdp2", 2),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("fsdp2_tp", 4),
+    ("fsdp1", 2),
+    ("fsdp1_flat", 2),
+)
+
+
+def _all() -> Iterator[Task]:
+    for turn, cell in enumerate(CELLS):
+        for asynchronous in (False, True):
+            form = FORMS[(turn + asynchronous) % 2]
+            name = f"same_ranks-{form}{'-async' if asynchronous else ''}"
+            yield Task(name, *cell, cases.same_ranks, {"form": form, "asynchronous": asynchronous})
+    yield Task("other_ranks_and_engines", "fsdp2", 4, cases.other_ranks_and_engines)
+    for cell in (("fsdp2", 2), ("fsdp1", 2), ("ddp", 2)):
+        yield Task("refusals", *cell, cases.refusals)
+        for asynchronous in (False, True):
+            name = f"one_rank_cannot_write{'-async' if asynchronous else ''}"
+            yield Task(name, *cell, cases.one_rank_cannot_write, {"asynchronous": asynchronous})
+
+
+@pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in _all()])
+def test_resume(task: Task, distributed: Callable[[Task], None]) -> None:
+    """What the case's function says."""
+    distributed(task)
