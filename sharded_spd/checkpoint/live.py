@@ -23,6 +23,7 @@ from sharded_spd.errors import AnchorError, CheckpointError
 from sharded_spd.projector import Projector
 
 RNG = "rng"
+LIVE = ("model", "optimizer", "projector")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Live:
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back, and the scheduler's. Collective."""
+        """Put such a state back. Collective."""
         with _quiet():
             set_model_state_dict(self.model, state["model"])
             if self.optimizers:
@@ -59,8 +60,6 @@ class Live:
                 )
         if self.projector is not None:
             self.projector.load_state_dict(state["projector"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
 
     def anchors(self) -> dict[str, list[str]]:
         """The fingerprint of every layer's anchor."""

@@ -23,7 +23,7 @@ from sharded_spd.agree import agree
 from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.codec import join, merge, split, tensor_names
 from sharded_spd.checkpoint.folder import check_complete, find_latest, folder_of, start_folder
-from sharded_spd.checkpoint.live import RNG, Live, as_optimizers, check_fits
+from sharded_spd.checkpoint.live import LIVE, RNG, Live, as_optimizers, check_fits
 from sharded_spd.checkpoint.rng import rng_state, set_rng_state
 from sharded_spd.checkpoint.storage import Reader, StagedPlanner, Writer, read_metadata
 from sharded_spd.errors import CheckpointError, UnsupportedError
@@ -104,8 +104,8 @@ class Checkpoints:
             deepspeed.save(model, live.projector, part)
         else:
             values.update(live.state())
-            if scheduler is not None:
-                values["scheduler"] = scheduler.state_dict()
+        if scheduler is not None:
+            values["scheduler"] = scheduler.state_dict()
         tensors, encoded = agree(lambda: split(values), self._groups)
         for name, state in rng_state().items():
             tensors[f"{RNG}/{live.rank}/{name}"] = state
@@ -200,7 +200,9 @@ class Checkpoints:
         if deepspeed.is_engine(model):
             deepspeed.load(model, live.projector, folder)
         else:
-            live.restore(join({key: part for key, part in parts.items() if key != "extra"}, own))
+            live.restore(join({key: part for key, part in parts.items() if key in LIVE}, own))
+        if scheduler is not None:
+            scheduler.load_state_dict(join(parts["scheduler"], own))
         set_rng_state({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})
         return Resumed(int(marker["step"]), folder, join(parts.get("extra"), own))
 

@@ -36,6 +36,10 @@ def finetune(
         list[str] | None,
         typer.Argument(help="Settings on top: train.lr=1e-4, ranks=4, spd=@configs/rules/l2sp.yaml"),
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on in a run's directory, or in the newest unfinished run of this job: auto."),
+    ] = None,
 ) -> None:
     """Fine-tune a Hugging Face checkpoint and test it in and out of distribution, method beside method."""
     overrides = list(settings or ())
@@ -45,7 +49,8 @@ def finetune(
     path = Path(config) if config is not None else quickstart_recipe()
     job = load_job(path, overrides)
     try:
-        code = _start(job, ["finetune", str(path), *overrides])
+        go_on = [] if resume is None else ["--resume", resume]
+        code = _start(job, ["finetune", str(path), *overrides, *go_on], resume)
     except KeyboardInterrupt:  # before anybody listens for it
         print("Stopped before anything was saved.", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -65,12 +70,12 @@ def quickstart_recipe() -> Path:
     raise ConfigError(f"the built-in recipe is neither at {places[0]} nor at {places[1]}: name a YAML file")
 
 
-def _start(job: JobConfig, arguments: Sequence[str]) -> int:
+def _start(job: JobConfig, arguments: Sequence[str], resume: str | None) -> int:
     """Be a rank of the job if a launcher says so, its only rank, or the one that starts the ranks."""
     from sharded_spd.integrations.finetune.job import check_job, run_job
 
     if started_as_rank() or job.ranks == 1:
-        return run_job(job)
+        return run_job(job, resume)
     check_job(job)
     return supervise(arguments, ranks=job.ranks)
 

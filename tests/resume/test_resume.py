@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.resume import cases
+from tests.resume import cases, zero_cases
 from tests.support.launch import Task
 from tests.support.training import FORMS
+from tests.support.zero import Setting
 
 CELLS = (
     ("single", 1),
@@ -29,6 +30,11 @@ def _all() -> Iterator[Task]:
             name = f"same_ranks-{form}{'-async' if asynchronous else ''}"
             yield Task(name, *cell, cases.same_ranks, {"form": form, "asynchronous": asynchronous})
     yield Task("other_ranks_and_engines", "fsdp2", 4, cases.other_ranks_and_engines)
+    for stage in (1, 2, 3):
+        for dtype in ("fp32", "bf16"):
+            setting = {"setting": Setting(stage=stage, dtype=dtype)}
+            slow = (stage, dtype) not in ((1, "bf16"), (3, "fp32"))
+            yield Task(f"same_ranks-{stage}-{dtype}", "zero", 2, zero_cases.same_ranks, setting, slow=slow)
     for cell in (("fsdp2", 2), ("fsdp1", 2), ("ddp", 2)):
         yield Task("refusals", *cell, cases.refusals)
         for asynchronous in (False, True):

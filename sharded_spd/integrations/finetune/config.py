@@ -102,6 +102,25 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How a training in progress is kept, for `--resume`.
+
+    `every`: steps between checkpoints (0: only when the job is stopped by a signal). `keep_last`: how many
+    stay. `asynchronous`: write them in the background.
+    """
+
+    every: int = 0
+    keep_last: int = 2
+    asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise wrong("every", "a number of steps, 0 or more", self.every)
+        if self.keep_last < 1:
+            raise wrong("keep_last", "1 or more", self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """Everything a fine-tuning job can be told.
 
@@ -126,6 +145,7 @@ class JobConfig:
     spd: Mapping[str, Any] = field(default_factory=dict)
     select: SelectConfig = SelectConfig()
     save: Literal["all", "first-seed", "none"] = "all"
+    checkpointing: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.pretrain is None):

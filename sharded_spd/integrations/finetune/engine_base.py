@@ -23,11 +23,14 @@ class NoOptions:
 class Engine(ABC):
     """One model under one engine: wrap it, train it, gather it.
 
-    `shares_layers`: a rank projects some of the layers only, and its telemetry is of those.
+    `shares_layers`: a rank projects some of the layers only, and its telemetry is of those. `resumable`: its
+    model and optimizer have sharded checkpoints; `in_background`: which can be written while it trains.
     """
 
     options: ClassVar[type[Any]] = NoOptions
     shares_layers: ClassVar[bool] = False
+    resumable: ClassVar[bool] = True
+    in_background: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, options: Any, world: World) -> None:
         self.options_given = options

@@ -97,6 +97,7 @@ class FairscaleFSDP(_Flat):
     """The same by fairscale's FSDP."""
 
     options = FairscaleFSDPOptions
+    resumable = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its blocks and its root wrapped."""

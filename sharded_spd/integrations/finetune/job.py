@@ -12,13 +12,14 @@ import torch
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
 from sharded_spd.integrations.finetune.config import PLAIN, JobConfig
-from sharded_spd.integrations.finetune.engines import check_engine
+from sharded_spd.integrations.finetune.engines import ENGINES, check_engine
 from sharded_spd.integrations.finetune.methods import Method
 from sharded_spd.integrations.finetune.plot import draw
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint, make_checkpoint
 from sharded_spd.integrations.finetune.progress import Display
 from sharded_spd.integrations.finetune.records import Recorder, TrainingResult, new_directory
 from sharded_spd.integrations.finetune.report import compared, print_summary, write_results
+from sharded_spd.integrations.finetune.resume import Progress, find_run
 from sharded_spd.integrations.finetune.select import choose_strength
 from sharded_spd.integrations.finetune.tasks import make_task
 from sharded_spd.integrations.finetune.train import StepReport, total_steps
@@ -38,18 +39,31 @@ def check_job(config: JobConfig) -> None:
         raise ConfigError(
             f"engine: single runs one rank, got ranks: {config.ranks}; take ddp or fsdp2, or set ranks: 1"
         )
+    engine = ENGINES[config.engine.name]
+    if config.checkpointing.every and not engine.resumable:
+        raise ConfigError(
+            f"checkpointing.every: engine {config.engine.name} cannot save a training in progress; set 0, or "
+            "take fsdp2, fsdp1, ddp or deepspeed"
+        )
+    if config.checkpointing.asynchronous and not engine.in_background:
+        raise ConfigError(
+            f"checkpointing.asynchronous: engine {config.engine.name} writes them itself; set false"
+        )
     if config.checkpoint is not None:
         check_checkpoint(config.checkpoint)
     if config.pretrain is not None:
         check_engine(config.pretrain.engine, path="pretrain.engine")
 
 
-def run_job(config: JobConfig) -> int:
-    """Run the job on this rank and return its exit code: 0, or 130 / 143 where it was stopped by a signal."""
+def run_job(config: JobConfig, resume: str | None = None) -> int:
+    """Run the job on this rank and return its exit code: 0, or 130 / 143 where it was stopped by a signal.
+
+    `resume`: the directory of a run to go on in, or "auto": see `find_run`.
+    """
     check_job(config)
     _quiet_libraries()
     with StopRequest().listening() as stop, join_world(config.device) as world:
-        return _Job(config, world, stop).run()
+        return _Job(config, world, stop, resume).run()
 
 
 def _quiet_libraries() -> None:
@@ -62,48 +76,63 @@ def _quiet_libraries() -> None:
 class _Job:
     """One job on one rank: what it was told, where it writes, and what it has found so far."""
 
-    def __init__(self, config: JobConfig, world: World, stop: StopRequest) -> None:
+    def __init__(self, config: JobConfig, world: World, stop: StopRequest, resume: str | None) -> None:
         self.config, self.world, self.stop = config, world, stop
         self.task = make_task(config, world.device)
-        self.directory = Path(self._agreed_directory())
+        self.resumed = False
+        self.directory = Path(self._agreed_directory(resume))
+        self.progress = Progress(self.directory, world)
         self.recorder = Recorder(self.directory if world.main else None)
         self.display = Display(visible=world.main)
         self.results: list[TrainingResult] = []
         self.started = time.perf_counter()
-        if world.main:
+        if world.main and not self.resumed:
             (self.directory / "config.json").write_text(config.to_json(), encoding="utf-8")
 
-    def _agreed_directory(self) -> str:
+    def _agreed_directory(self, resume: str | None) -> str:
         made, problem = None, None
         if self.world.main:
             try:
-                made = str(new_directory(self.config.output_dir))
+                found = None if resume is None else find_run(self.config, resume)
+                made = str(found or new_directory(self.config.output_dir))
+                self.resumed = found is not None
             except OSError as error:
                 problem = f"output_dir: {self.config.output_dir} cannot be made: {error.strerror}"
-        made, problem = self.world.share((made, problem))
+            except ConfigError as error:
+                problem = str(error)
+        made, problem, self.resumed = self.world.share((made, problem, self.resumed))
         if made is None:
             raise ConfigError(problem or "output_dir: no directory")
         return str(made)
 
     def run(self) -> int:
         """Every stage in order; a stop in any of them keeps what is finished."""
-        stopped, kept = False, None
+        stopped, kept, can_go_on = False, None, False
         trainer: Trainer | None = None
         with self.display as display:
             try:
-                display.say(f"Writing to {self.directory}")
+                display.say(f"{'Going on in' if self.resumed else 'Writing to'} {self.directory}")
                 checkpoint = self._checkpoint()
                 trainer = Trainer(
-                    self.config, self.task, checkpoint, self.world, self.stop, self.recorder, display
+                    self.config,
+                    self.task,
+                    checkpoint,
+                    self.world,
+                    self.stop,
+                    self.recorder,
+                    display,
+                    self.progress,
+                    self.directory,
                 )
                 self._train_all(trainer)
             except Interrupted:
                 stopped = True
-                kept = trainer.save_interrupted(self.directory) if trainer is not None else None
-        self._finish()
+                kept = trainer.save_interrupted() if trainer is not None else None
+                can_go_on = trainer is not None and trainer.can_go_on
+        self._finish(complete=not stopped)
         if not stopped:
             return 0
-        self.display.say(self._what_was_saved(kept))
+        self.display.say(self._what_was_saved(kept, can_go_on=can_go_on))
         return self._stop_code()
 
     def _stop_code(self) -> int:
@@ -181,7 +210,7 @@ class _Job:
         )
         return Method(name, chosen)
 
-    def _finish(self) -> None:
+    def _finish(self, *, complete: bool) -> None:
         """Summarise what is finished; on the main rank only."""
         if self.world.main and self.results:
             seconds = time.perf_counter() - self.started
@@ -193,13 +222,16 @@ class _Job:
                 f"{seconds:.0f} s on {self.world.size} rank(s). In {self.directory}: metrics.jsonl, "
                 "results.json, id_ood.png" + ("" if self.config.save == "none" else ", checkpoints/")
             )
+        if complete:
+            self.progress.finish()
         self.recorder.write("end", trainings=[asdict(r) | {"history": None} for r in self.results])
         self.recorder.close()
 
-    def _what_was_saved(self, where: Path | None) -> str:
+    def _what_was_saved(self, where: Path | None, *, can_go_on: bool) -> str:
         saved = [f"metrics.jsonl and config.json in {self.directory}"]
         if self.results:
             saved.insert(0, f"{len(self.results)} finished training(s) with their results")
         if where is not None:
             saved.append(f"the unfinished model at {where}")
-        return f"Stopped. Saved: {'; '.join(saved)}."
+        text = f"Stopped. Saved: {'; '.join(saved)}."
+        return f"{text} The same command with --resume {self.directory} goes on." if can_go_on else text

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ class TrainingResult:
     samples_per_second: float
     seconds: float
     checkpoint: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> TrainingResult:
+        """What `to_dict` gave."""
+        return cls(**{**data, "history": tuple(Evaluation(**entry) for entry in data["history"])})
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class _Shares(Engine):
     """A copy of the model on every rank, optimizer state and anchors on one each."""
 
     shares_layers = True
+    resumable = False
     name: ClassVar[str]
 
     @property

@@ -13,6 +13,7 @@ import torch
 from sharded_spd.integrations.finetune.config import TrainConfig
 from sharded_spd.integrations.finetune.data import ImageSet
 from sharded_spd.integrations.finetune.engine_base import Engine
+from sharded_spd.integrations.finetune.resume import Keeper
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.world import Interrupted, StopRequest, World
 
@@ -81,11 +82,13 @@ def fit(
     stop: StopRequest,
     augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
     on_step: Callable[[StepReport], None],
-    on_evaluation: Callable[[StepReport], None] | None = None,
+    on_evaluation: Callable[[int, float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Train `engine.model` on `data`, collective; a seed gives the same batches on any number of ranks.
 
-    `on_step` is called on every rank every `log_every` steps, `on_evaluation` at `evaluation_steps`.
+    `on_step` is called on every rank every `log_every` steps, `on_evaluation` with step and epoch at
+    `evaluation_steps`. A `keeper` first restores what it has, and saves when it is due and before a stop.
 
     Raises:
         Interrupted: on all ranks after the same step, if one of them was asked to stop.
@@ -96,10 +99,15 @@ def fit(
     schedule = _schedule(optimizer, config, steps)
     augmenting = torch.Generator().manual_seed(seed * 1000 + world.rank + 1)
     change = None if augment is None else (lambda images: augment(images, augmenting))
+    begin = 0 if keeper is None else keeper.restore(schedule)
+    if begin in evaluate_at and on_evaluation is not None:
+        on_evaluation(begin, begin * config.epochs / steps)  # a stop may have come before it
     engine.model.train()
     running = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, steps, asked to stop
     since, seen = time.perf_counter(), 0
     for step, batch in enumerate(_batches(examples, config, seed), start=1):
+        if step <= begin:
+            continue
         indices, weights = share_of_batch(batch, world)
         loss = (task.losses(engine.model, data, indices, augment=change) * weights).sum()
         engine.backward(loss)
@@ -109,7 +117,8 @@ def fit(
         seen += len(batch)
         running[0] += loss.detach()
         running[1] += 1
-        if step % config.log_every and step not in evaluate_at:
+        due = keeper is not None and keeper.due(step) and step < steps
+        if step % config.log_every and step not in evaluate_at and not due:
             continue
         running[2] = stop.flag
         total, count, stops = world.sum_(running).tolist()
@@ -123,9 +132,13 @@ def fit(
         )
         running.zero_()
         on_step(report)
+        paused = time.perf_counter()
+        if on_evaluation is not None and step in evaluate_at and not stops:
+            on_evaluation(step, report.epoch)
+        if keeper is not None and (due or stops):
+            keeper.save(step, schedule)
+        since += time.perf_counter() - paused
         if stops:
+            if keeper is not None:
+                keeper.wait()
             raise Interrupted
-        if on_evaluation is not None and step in evaluate_at:
-            paused = time.perf_counter()
-            on_evaluation(report)
-            since += time.perf_counter() - paused

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sharded_spd.checkpoint import Resumed
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import names_in_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig
@@ -21,6 +22,7 @@ from sharded_spd.integrations.finetune.evaluate import evaluate
 from sharded_spd.integrations.finetune.methods import Method, set_up
 from sharded_spd.integrations.finetune.progress import Display
 from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
+from sharded_spd.integrations.finetune.resume import Keeper, Progress
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
 from sharded_spd.integrations.finetune.world import StopRequest, World
@@ -29,7 +31,7 @@ from sharded_spd.integrations.finetune.world import StopRequest, World
 class _Live:
     """A model in training: its engine, its optimizer, and how far it has moved from its start."""
 
-    def __init__(self, trainer: Trainer, method: Method, seed: int) -> None:
+    def __init__(self, trainer: Trainer, method: Method, seed: int, purpose: str) -> None:
         torch.manual_seed(seed)  # of a new head
         model = trainer.task.load_model(trainer.checkpoint)
         self.model_class, self.model_config = type(model), model.config
@@ -40,6 +42,16 @@ class _Live:
         )
         self._start = self.engine.local_copy() if self.projector is None else {}
         self.rates: list[float] = []
+        self.keeper: Keeper | None = None
+        if self.engine.resumable:
+            name = f"{purpose}-{method.name}-{method.weight_decay}-seed{seed}"
+            self.keeper = Keeper(
+                trainer.directory / "training" / name,
+                trainer.config.checkpointing,
+                self.engine,
+                self.optimizer,
+                self.projector,
+            )
 
     def distance(self) -> float:
         """|w - w0| / |w0| over all layers, collective."""
@@ -85,9 +97,12 @@ class Trainer:
         stop: StopRequest,
         recorder: Recorder,
         display: Display,
+        progress: Progress,
+        directory: Path,
     ) -> None:
         self.config, self.task, self.checkpoint = config, task, checkpoint
         self.world, self.stop, self.recorder, self.display = world, stop, recorder, display
+        self.progress, self.directory = progress, directory
         self._live: _Live | None = None
         self._model_config = task.load_model(checkpoint).config
         self._seen: dict[int, Splits] = {}
@@ -118,7 +133,10 @@ class Trainer:
         return Evaluation(step, epoch, scores)
 
     def validate(self, method: Method, seed: int, validation: ImageSet) -> float:
-        """Train, then score the validation set; the test sets are not touched."""
+        """Train, then score the validation set, unless that is done; the test sets are not touched."""
+        key = f"{method.name} {method.weight_decay} {seed}"
+        if key in self.progress.validated:
+            return self.progress.validated[key]
         live = self._fit(method, seed, purpose="select")
         score = evaluate(live.engine, self.task, {"v": validation}, batch_size=self.config.eval_batch_size)[
             "v"
@@ -126,11 +144,15 @@ class Trainer:
         self.recorder.write(
             "validation", method=method.name, weight_decay=method.weight_decay, seed=seed, score=score
         )
-        self._live = None
+        self.progress.add_validation(key, score)
+        self._done(live)
         return score
 
     def train(self, method: Method, seed: int, *, save_to: Path | None) -> TrainingResult:
-        """Train, evaluate the test sets on the way, and save the checkpoint."""
+        """Train, evaluate the test sets on the way, and save the checkpoint, unless that is done."""
+        for done in self.progress.results:
+            if (done.method, done.weight_decay, done.seed) == (method.name, method.weight_decay, seed):
+                return done
         start = self.zero_shot(seed)
         history = [start]
         began = time.perf_counter()
@@ -138,7 +160,6 @@ class Trainer:
         live = self._fit(method, seed, purpose="compare", history=history, speeds=speeds)
         if save_to is not None:
             self._save(live, save_to)
-        self._live = None
         result = TrainingResult(
             method=method.name,
             weight_decay=method.weight_decay,
@@ -151,7 +172,15 @@ class Trainer:
             checkpoint=None if save_to is None else str(save_to),
         )
         self.recorder.write("trained", **{**asdict(result), "history": None})
+        self.progress.add_result(result)
+        self._done(live)
         return result
+
+    def _done(self, live: _Live) -> None:
+        """Let a training go whose outcome is written down."""
+        self._live = None
+        if live.keeper is not None:
+            live.keeper.drop()
 
     def _fit(
         self,
@@ -162,7 +191,7 @@ class Trainer:
         history: list[Evaluation] | None = None,
         speeds: list[float] | None = None,
     ) -> _Live:
-        live = self._live = _Live(self, method, seed)
+        live = self._live = _Live(self, method, seed, purpose)
         tags = {"purpose": purpose, "method": method.name, "weight_decay": method.weight_decay, "seed": seed}
         self.display.begin(f"{'choosing ' if purpose == 'select' else ''}{method.label} seed {seed}")
         done = 0
@@ -176,14 +205,29 @@ class Trainer:
             if speeds is not None:
                 speeds.append(report.samples_per_second)
 
-        def on_evaluation(report: StepReport) -> None:
-            if history is None:
+        def on_evaluation(step: int, epoch: float) -> None:
+            if history is None or history[-1].step == step > 0:
                 return
-            found = self._evaluate(live.engine, seed, step=report.step, epoch=report.epoch)
+            found = self._evaluate(live.engine, seed, step=step, epoch=epoch)
             history.append(found)
             self.recorder.write("evaluation", **tags, step=found.step, epoch=found.epoch, scores=found.scores)
             self.display.evaluated(found)
 
+        def adopt(resumed: Resumed) -> None:
+            nonlocal done
+            done = resumed.step
+            if history is not None:
+                history[:] = [Evaluation(**entry) for entry in resumed.extra["history"]]
+            live.rates[:] = resumed.extra["rates"]
+            self.recorder.write("resumed", **tags, step=done, checkpoint=str(resumed.path))
+            self.display.say(f"Going on after step {done}: {resumed.path}")
+
+        if live.keeper is not None:
+            live.keeper.adopt = adopt
+            live.keeper.describe = lambda: {
+                "history": [asdict(found) for found in history or ()],
+                "rates": live.rates,
+            }
         fit(
             live.engine,
             live.optimizer,
@@ -194,6 +238,7 @@ class Trainer:
             stop=self.stop,
             on_step=on_step,
             on_evaluation=on_evaluation,
+            keeper=live.keeper,
         )
         return live
 
@@ -209,10 +254,15 @@ class Trainer:
         if problem is not None:
             raise ConfigError(problem)
 
-    def save_interrupted(self, directory: Path) -> Path | None:
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the training that was stopped left a checkpoint."""
+        return self._live is not None and self._live.keeper is not None
+
+    def save_interrupted(self) -> Path | None:
         """Save the model that was in training when the job was stopped, if there was one. Collective."""
         if self._live is None:
             return None
-        to = directory / "checkpoints" / "interrupted"
+        to = self.directory / "checkpoints" / "interrupted"
         self._save(self._live, to)
         return to

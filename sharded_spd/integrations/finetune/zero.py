@@ -66,6 +66,7 @@ class DeepSpeed(Engine):
     """ZeRO, as the JSON says; each rank has the whole model until DeepSpeed has taken over the optimizer."""
 
     options = DeepSpeedOptions
+    in_background = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself, until `prepare`."""
