@@ -11,12 +11,14 @@ from typing import Annotated
 
 import typer
 
-from sharded_spd.errors import AnchorError, BindingError, ConfigError, UnsupportedError
+from sharded_spd.errors import AnchorError, BindingError, CheckpointError, ConfigError, UnsupportedError
 from sharded_spd.integrations.finetune.config import JobConfig, load_job
 from sharded_spd.integrations.finetune.launch import follow_supervisor, supervise
-from sharded_spd.integrations.finetune.world import started_as_rank
+from sharded_spd.integrations.finetune.world import RankLost, started_as_rank
 
 USER_ERRORS = (ConfigError, AnchorError, BindingError, UnsupportedError)
+FAILURES = (CheckpointError, RankLost)
+"""What went wrong around the run; the command line was right."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -103,4 +105,7 @@ def main() -> None:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except FAILURES as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     _leave(code)

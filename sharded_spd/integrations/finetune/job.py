@@ -24,7 +24,13 @@ from sharded_spd.integrations.finetune.select import choose_strength
 from sharded_spd.integrations.finetune.tasks import make_task
 from sharded_spd.integrations.finetune.train import StepReport, total_steps
 from sharded_spd.integrations.finetune.training import Trainer
-from sharded_spd.integrations.finetune.world import Interrupted, StopRequest, World, join_world
+from sharded_spd.integrations.finetune.world import (
+    Interrupted,
+    StopRequest,
+    World,
+    join_world,
+    name_lost_ranks,
+)
 
 
 def check_job(config: JobConfig) -> None:
@@ -62,7 +68,7 @@ def run_job(config: JobConfig, resume: str | None = None) -> int:
     """
     check_job(config)
     _quiet_libraries()
-    with StopRequest().listening() as stop, join_world(config.device) as world:
+    with StopRequest().listening() as stop, name_lost_ranks(), join_world(config.device) as world:
         return _Job(config, world, stop, resume).run()
 
 

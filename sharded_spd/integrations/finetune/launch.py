@@ -94,6 +94,8 @@ class _Ranks:
             if self.processes[0].returncode < 0:  # it had no time to say so itself
                 print("Stopped before anything was saved.", file=sys.stderr)
             return 128 + self.received
+        if code < 0:  # it could not say so itself
+            print(f"rank {culprit} was ended by {signal.Signals(-code).name}", file=sys.stderr)
         if failed and not code:
             culprit, code = failed[0], self.processes[failed[0]].returncode
         if code and culprit != 0 and self.processes[0].returncode in (0, -signal.SIGKILL):

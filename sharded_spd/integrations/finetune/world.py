@@ -25,6 +25,33 @@ class Interrupted(Exception):
     """All ranks agreed to stop: somebody sent SIGINT or SIGTERM to at least one of them."""
 
 
+class RankLost(RuntimeError):
+    """Another rank is gone or does not answer, so that this one cannot go on."""
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""What gloo says then; its errors have no class of their own."""
+
+
+@contextmanager
+def name_lost_ranks() -> Iterator[None]:
+    """Say in one sentence what torch tells as a failure of the transport.
+
+    Raises:
+        RankLost: in place of such a failure inside the block.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and not any(text in str(error) for text in _LOST):
+            raise
+        rank = os.environ.get("RANK", "0")
+        raise RankLost(
+            f"rank {rank} cannot go on: another rank has ended or does not answer; the last complete "
+            "checkpoint is where it was: the same command with --resume auto goes on from it"
+        ) from error
+
+
 @dataclass(frozen=True)
 class World:
     """This rank's place among the ranks of the job."""
