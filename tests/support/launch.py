@@ -89,7 +89,7 @@ def run_tasks(tasks: Sequence[Task]) -> dict[str, str]:
 
 def _launch(tasks: Sequence[Task], folder: Path) -> tuple[dict[str, str], bool]:
     """Runs tasks until one fails; the outcomes so far, and whether the last one hung."""
-    context = _server()
+    context = server()
     world = tasks[0].world
     ranks = [
         context.Process(target=_rank_main, args=(rank, world, folder, list(tasks)), daemon=True)
@@ -155,7 +155,7 @@ def _autopsy(ranks: Sequence[Any], reports: Sequence[str | None], folder: Path) 
     return "\n".join(parts)
 
 
-def _server() -> Any:
+def server() -> Any:
     """The fork server, started on first use with one OpenMP thread per rank."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
