@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sharded_spd.errors import CheckpointError, ConfigError
 from sharded_spd.projector import Projector
@@ -43,6 +46,25 @@ def load(engine: Any, projector: Projector | None, folder: Path) -> None:
             f"{folder}: DeepSpeed could not load it; at another number of ranks than it was saved on, "
             "convert it to a universal checkpoint first"
         )
+
+
+def wholes(engine: Any) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]]:
+    """Name, dtype, shape of each parameter and saved buffer, and how to gather it; tied parameters once."""
+    import deepspeed
+
+    sharded = engine.zero_optimization_stage() == 3
+
+    def gather(parameter: torch.nn.Parameter) -> torch.Tensor:
+        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+            return parameter.detach().cpu().clone()
+
+    parameters = dict(engine.module.named_parameters())
+    for name, p in parameters.items():
+        yield name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)), partial(gather, p)
+    every = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    for name, buffer in engine.module.state_dict().items():
+        if name not in every:
+            yield name, buffer.dtype, tuple(buffer.shape), partial(lambda tensor: tensor, buffer)
 
 
 def save_checkpoint(

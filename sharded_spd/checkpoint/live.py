@@ -42,7 +42,7 @@ class Live:
 
     def state(self) -> dict[str, Any]:
         """Model, optimizers and projector, each rank its shards. Collective."""
-        with _quiet():
+        with quiet():
             state: dict[str, Any] = {"model": dict(get_model_state_dict(self.model))}
             if self.optimizers:
                 state["optimizer"] = dict(get_optimizer_state_dict(self.model, list(self.optimizers)))
@@ -52,7 +52,7 @@ class Live:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put such a state back. Collective."""
-        with _quiet():
+        with quiet():
             set_model_state_dict(self.model, state["model"])
             if self.optimizers:
                 set_optimizer_state_dict(
@@ -120,7 +120,7 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without FSDP1's notices that its own state dicts, which torch itself calls here, will go."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

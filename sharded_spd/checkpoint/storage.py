@@ -5,7 +5,6 @@ torch's own storage keeps its metadata, and everything that is no tensor, as pic
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -32,14 +31,11 @@ from torch.futures import Future
 
 from sharded_spd.checkpoint.folder import finish_folder, prune, read_json, start_folder, write_json
 from sharded_spd.errors import CheckpointError
+from sharded_spd.tensorfile import DTYPES, Entry, TensorFile
 
 METADATA = "metadata.json"
 _FILE = re.compile(r"rank\d{5}\.safetensors")
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 class Writer(StorageWriter):
@@ -197,7 +193,7 @@ def read_metadata(folder: Path) -> tuple[Metadata, Any]:
     places: dict[MetadataIndex, tuple[str, str]] = {}
     try:
         for fqn, entry in content["tensors"].items():
-            size, dtype = _numbers(entry["shape"]), getattr(torch, _known(entry["dtype"]))
+            size, dtype = _numbers(entry["shape"]), _DTYPES[entry["dtype"]]
             chunks = []
             for chunk in entry["chunks"]:
                 offsets, sizes = _numbers(chunk["offsets"]), _numbers(chunk["sizes"])
@@ -218,12 +214,6 @@ def read_metadata(folder: Path) -> tuple[Metadata, Any]:
     return Metadata(found, storage_data=places), values
 
 
-def _known(dtype: Any) -> str:
-    if dtype not in _DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r:.100}")
-    return str(dtype)
-
-
 def _numbers(value: Any) -> torch.Size:
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
         raise ValueError(f"wanted a list of sizes, got {value!r:.100}")
@@ -242,31 +232,17 @@ def _read(opened: Any, name: str, offsets: torch.Size, lengths: torch.Size) -> t
 
 
 def _write_items(path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-    """Stream tensors into a safetensors file, so that no more than one of them is held on the host."""
-    header: dict[str, Any] = {}
-    begin, results = 0, []
+    entries, results = [], []
     for item in items:
         if item.tensor_data is None:
             raise CheckpointError(f"{item.index.fqn}: is no tensor")
         chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
         name = f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
-        kind = str(dtype).removeprefix("torch.")
-        if kind not in _DTYPES:
-            raise CheckpointError(f"{item.index.fqn}: safetensors has no dtype {kind}")
-        size = math.prod(chunk.sizes) * dtype.itemsize
-        entry = {"dtype": _DTYPES[kind], "shape": list(chunk.sizes), "data_offsets": [begin, begin + size]}
-        header[name] = entry
-        results.append(WriteResult(item.index, size, (path.name, name)))
-        begin += size
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        entries.append(Entry(name, dtype, tuple(chunk.sizes)))
+        results.append(WriteResult(item.index, entries[-1].num_bytes, (path.name, name)))
+    with TensorFile(path, entries) as file:
         for item in items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor)
-            whole = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(whole.view(torch.uint8).numpy().data if whole.numel() else b"")
-        file.flush()
-        os.fsync(file.fileno())
+            file.append(tensor)
     return results

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sharded_spd.anchors.base import AnchorStore
+from sharded_spd.checkpoint.export import Whole, at_hand, write_wholes
 from sharded_spd.errors import AnchorError, ConfigError
 from sharded_spd.layout import ShardSlice
 
@@ -108,28 +109,67 @@ class RenamedAnchor:
 def save_checkpoint(
     model_class: type[Any],
     config: Any,
-    state: Mapping[str, torch.Tensor],
+    tensors: Sequence[Whole],
     directory: Path,
     *,
     like: Path | None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face checkpoint that `from_pretrained` loads, beside `directory`, then rename it.
 
-    `state`: full tensors by FQN. `like`: the checkpoint whose preprocessing goes with it.
+    One tensor is gathered at a time, unless the architecture is stored with tensors that its model has merged
+    or cut: then the first rank gathers all. `like`: the checkpoint whose preprocessing goes with it;
+    `settings` are what is written as preprocessing where it has none. Collective.
+
+    Raises:
+        CheckpointError: on every rank, where the first could not write.
     """
     with torch.device("meta"):
         model = model_class(config)
-    model.load_state_dict(dict(state), assign=True, strict=False)
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if left:
-        raise AnchorError(f"the trained state lacks {', '.join(left[:5])}: nothing was saved at {directory}")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+    names = _stored_as(model, [t.entry.name for t in tensors])
+    add = partial(_add_files, model, like, settings)
+    if names is None:
+        tensors = _converted(model, tensors)
+    write_wholes(tensors, directory, names=names, add_files=add, replace=True)
+
+
+def _stored_as(model: Any, fqns: Sequence[str]) -> dict[str, str] | None:
+    """The name under which each tensor is stored; None where the model's tensors are not the stored ones."""
+    placeholders = {fqn: torch.empty(0, device="meta") for fqn in fqns}
+    try:
+        loading = importlib.import_module("transformers.core_model_loading")
+    except ModuleNotFoundError:  # an older one, which stores tensors as its models have them
+        return {}
+    try:
+        reverted = loading.revert_weight_conversion(model, dict(placeholders))
+    except Exception:  # an operation on placeholders that have no such shape
+        return None
+    stored = {id(tensor): name for name, tensor in reverted.items()}
+    if len(reverted) != len(fqns) or any(id(tensor) not in stored for tensor in placeholders.values()):
+        return None
+    return {fqn: stored[id(tensor)] for fqn, tensor in placeholders.items()}
+
+
+def _converted(model: Any, tensors: Sequence[Whole]) -> list[Whole]:
+    """The tensors as they are stored, all on the first rank's CPU. Collective."""
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    whole: dict[str, torch.Tensor] = {}
+    for tensor in tensors:
+        gathered = tensor.gather()
+        if first:
+            whole[tensor.entry.name] = gathered.detach().cpu().clone()
+    loading = importlib.import_module("transformers.core_model_loading")
+    stored = loading.revert_weight_conversion(model, whole) if first else {}
+    return [at_hand(name, tensor) for name, tensor in stored.items()]
+
+
+def _add_files(model: Any, like: Path | None, settings: Mapping[str, Any] | None, folder: Path) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
     for name in _CARRIED:
         if like is not None and (like / name).is_file():
-            shutil.copy2(like / name, beside / name)
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(beside, directory)
+            shutil.copy2(like / name, folder / name)
+    if settings is not None and not (folder / _CARRIED[0]).is_file():
+        (folder / _CARRIED[0]).write_text(json.dumps(settings, indent=2), encoding="utf-8")

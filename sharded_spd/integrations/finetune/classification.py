@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sharded_spd.checkpoint.export import Whole
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import save_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig, PretrainConfig
@@ -74,25 +75,20 @@ class ImageClassification:
                 self._std = torch.tensor(settings["image_std"], dtype=torch.float32)
         self._loaded_from = directory
 
-    def save_model(
-        self, model_class: type[Any], config: Any, state: Mapping[str, torch.Tensor], to: Path
-    ) -> None:
-        """Write the classifier and its preprocessing."""
-        save_checkpoint(model_class, config, state, to, like=self._loaded_from)
-        file = to / "preprocessor_config.json"
-        if not file.is_file():
-            height, width = _image_size(config)
-            settings = {
-                "image_processor_type": "ViTImageProcessor",
-                "do_resize": True,
-                "size": {"height": height, "width": width},
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": self._mean.tolist(),
-                "image_std": self._std.tolist(),
-            }
-            file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    def save_model(self, model_class: type[Any], config: Any, tensors: Sequence[Whole], to: Path) -> None:
+        """Write the classifier and its preprocessing, collective."""
+        height, width = _image_size(config)
+        settings = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self._mean.tolist(),
+            "image_std": self._std.tolist(),
+        }
+        save_checkpoint(model_class, config, tensors, to, like=self._loaded_from, settings=settings)
 
     def splits(self, model_config: Any, *, seed: int) -> Splits:
         """The sets of the run with `seed`."""

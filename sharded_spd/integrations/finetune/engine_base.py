@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from sharded_spd.checkpoint.export import Whole, wholes
 from sharded_spd.integrations.finetune.config import TrainConfig
 from sharded_spd.integrations.finetune.world import World
 
@@ -68,11 +68,9 @@ class Engine(ABC):
         """Put the parameters back as training wants them after a forward without gradients."""
         return
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The whole model on the main rank's CPU, by FQN; empty on the others. Collective."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return state
+    def wholes(self) -> list[Whole]:
+        """Every tensor of the model that is saved, to be gathered one by one. Collective."""
+        return wholes(self.model)
 
     def squared_distance(self, start: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         """|w - start|^2 and |start|^2 over the whole model, collective; `start` is from `local_copy`."""

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from sharded_spd.checkpoint.export import Whole, at_hand
 from sharded_spd.integrations.fairscale import import_fairscale
 from sharded_spd.integrations.finetune.blocks import DTYPES, Precision, need_ranks, wrap_blocks
 from sharded_spd.integrations.finetune.engine_base import Engine
@@ -80,14 +80,6 @@ class FSDP1(_Flat):
 
         return wrap_blocks(model, given.blocks, shard)
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The whole model on the main rank's CPU; empty on the others."""
-        # Without a GPU there is nowhere to offload to, and torch then reads freed memory.
-        offload = self.world.device.type != "cpu"
-        options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
-        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return {name: t.cpu().clone() for name, t in state.items()} if self.world.main else {}
-
     def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
         """Summed over all ranks where each holds another part."""
         return values if self.options_given.sharding_strategy == "no_shard" else self.world.sum_(values)
@@ -117,10 +109,12 @@ class FairscaleFSDP(_Flat):
 
         return wrap_blocks(model, given.blocks, shard)
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The whole model on the main rank's CPU; empty on the others."""
+    def wholes(self) -> list[Whole]:
+        """fairscale gathers them all at once, for the main rank's CPU."""
         state = self.model.state_dict()  # collective
-        return {name: t.cpu().clone() for name, t in state.items()} if self.world.main else {}
+        if not self.world.main:
+            return []
+        return [at_hand(name, tensor) for name, tensor in state.items()]
 
     def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
         """Summed over all ranks: each holds another part."""

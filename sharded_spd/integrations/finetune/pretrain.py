@@ -88,16 +88,7 @@ def make_checkpoint(
             f"pretrain.min_accuracy: wanted {pretrain.min_accuracy:.0%} on held-out images, got "
             f"{accuracy:.1f} %; train it longer or lower the bar"
         )
-    state = engine.full_state()
-    problem: str | None = None
-    if world.main:
-        try:
-            task.save_model(model_class, model_config, state, to)
-        except OSError as error:
-            problem = f"pretrain.cache_dir: {to} cannot be written: {error}"
-    problem = world.all_agree(problem)
-    if problem is not None:
-        raise ConfigError(problem)
+    task.save_model(model_class, model_config, engine.wholes(), to)
     return accuracy
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from sharded_spd.checkpoint.export import Whole, wholes
 from sharded_spd.integrations.fairscale import import_fairscale
 from sharded_spd.integrations.finetune.blocks import need_ranks
 from sharded_spd.integrations.finetune.config import TrainConfig
@@ -57,11 +58,9 @@ class _Shares(Engine):
         ]
         return self.share_out(groups, type(optimizer), **defaults)
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The whole model on the main rank's CPU; empty on the others."""
-        if not self.world.main:
-            return {}
-        return {name: t.detach().cpu().clone() for name, t in self.named_model.state_dict().items()}
+    def wholes(self) -> list[Whole]:
+        """Every rank has them."""
+        return wholes(self.named_model)
 
 
 class ZeroRedundancy(_Shares):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from sharded_spd.checkpoint.export import Whole
 from sharded_spd.integrations.finetune.classification import ImageClassification
 from sharded_spd.integrations.finetune.config import JobConfig, PretrainConfig
 from sharded_spd.integrations.finetune.data import ImageSet, Splits
@@ -31,10 +32,8 @@ class Task(Protocol):
         """The model of a checkpoint directory in float32; a new head is drawn from torch's random state."""
         ...
 
-    def save_model(
-        self, model_class: type[Any], config: Any, state: Mapping[str, torch.Tensor], to: Path
-    ) -> None:
-        """Write a checkpoint that `from_pretrained` loads."""
+    def save_model(self, model_class: type[Any], config: Any, tensors: Sequence[Whole], to: Path) -> None:
+        """Write a checkpoint that `from_pretrained` loads, collective."""
         ...
 
     def splits(self, model_config: Any, *, seed: int) -> Splits:

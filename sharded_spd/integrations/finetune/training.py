@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from sharded_spd.checkpoint import Resumed
-from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import names_in_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.data import ImageSet, Splits
@@ -243,16 +242,7 @@ class Trainer:
         return live
 
     def _save(self, live: _Live, to: Path) -> None:
-        state = live.engine.full_state()
-        problem = None
-        if self.world.main:
-            try:
-                self.task.save_model(live.model_class, live.model_config, state, to)
-            except OSError as error:
-                problem = f"output_dir: {to} cannot be written: {error}"
-        problem = self.world.all_agree(problem)
-        if problem is not None:
-            raise ConfigError(problem)
+        self.task.save_model(live.model_class, live.model_config, live.engine.wholes(), to)
 
     @property
     def can_go_on(self) -> bool:

@@ -130,25 +130,6 @@ class DeepSpeed(Engine):
         """DeepSpeed's own: it clips as its configuration says, and clears the gradients."""
         self._engine.step()
 
-    def full_state(self) -> dict[str, Tensor]:
-        """The whole model on the main rank's CPU, one layer gathered at a time."""
-        state: dict[str, Tensor] = {}
-        copies: dict[Tensor, Tensor] = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            if parameter not in copies:
-                copies[parameter] = self._gathered(parameter)
-            if self.world.main:
-                state[name] = copies[parameter]
-        if self.world.main:
-            buffers = {name: tensor for name, tensor in self.module.state_dict().items() if name not in state}
-            state |= {name: tensor.cpu().clone() for name, tensor in buffers.items()}
-        return state
-
-    def _gathered(self, parameter: nn.Parameter) -> Tensor:
-        gather = import_deepspeed().zero.GatheredParameters
-        with gather([parameter], enabled=self._sharded):
-            return parameter.detach().cpu().clone() if self.world.main else torch.empty(0)
-
     def local_tensors(self) -> dict[str, Tensor]:
         """This rank's partition of each parameter at stage 3, else the whole parameters."""
         return dict(self._local())

@@ -1,0 +1,230 @@
+"""A sharded model as a Hugging Face safetensors directory; no rank ever holds more than one whole tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+from sharded_spd.agree import agree, union
+from sharded_spd.checkpoint import deepspeed
+from sharded_spd.checkpoint.live import quiet
+from sharded_spd.errors import CheckpointError
+from sharded_spd.tensorfile import Entry, TensorFile
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor of the model, and how to have it whole: on the first rank at least, by all ranks together."""
+
+    entry: Entry
+    gather: Callable[[], Tensor]
+
+
+def export_safetensors(
+    model: Module,
+    directory: str | os.PathLike[str],
+    *,
+    names: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write the whole `model` as `model-0000K-of-0000N.safetensors` and an index, or one file. Collective.
+
+    Tensors are gathered one after the other and written by the first rank, beside, and then renamed. `model`
+    may be sharded by FSDP1, FSDP2, tensor parallelism or a DeepSpeed engine. `names`: FQN to the name in the
+    files. Tied parameters are written once.
+
+    Raises:
+        CheckpointError: on every rank, where the first could not write or the directory holds something.
+    """
+    write_wholes(wholes(model), Path(directory), names=names, max_shard_bytes=max_shard_bytes)
+
+
+def write_wholes(
+    tensors: Sequence[Whole],
+    directory: Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    add_files: Callable[[Path], object] = lambda folder: None,
+    replace: bool = False,
+) -> None:
+    """`export_safetensors` of what `wholes` gave; `add_files` adds others to the folder. Collective.
+
+    `replace`: what is in `directory` is dropped once the new files are there.
+    """
+    writer = _FirstRank()
+    part = directory.with_name(f".{directory.name}.part")
+    files = _share_out(tensors, max_shard_bytes)
+    named = {t.entry.name: (names or {}).get(t.entry.name, t.entry.name) for t in tensors}
+    writer.attempt(partial(_prepare, part, directory, replace=replace))
+    for number, own in enumerate(files, start=1):
+        entries = [Entry(named[t.entry.name], t.entry.dtype, t.entry.shape) for t in own]
+        writer.open(part / _file_name(number, len(files)), entries)
+        for tensor in own:
+            writer.append(tensor.gather())
+        writer.close()
+    if len(files) > 1:
+        writer.attempt(partial(_write_index, part, files, named))
+    writer.attempt(partial(add_files, part))
+    writer.attempt(partial(_put, part, directory))
+    if writer.failure is not None:
+        shutil.rmtree(part, ignore_errors=True)
+    groups = [dist.group.WORLD] if dist.is_initialized() and dist.group.WORLD is not None else []
+    agree(partial(writer.tell, directory), groups)
+
+
+class _FirstRank:
+    """What only the first rank does, and nothing more after a failure: it still gathers with the others."""
+
+    def __init__(self) -> None:
+        self.failure: OSError | TypeError | None = None
+        self._mine = not dist.is_initialized() or dist.get_rank() == 0
+        self._file: TensorFile | None = None
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        if self._mine and self.failure is None:
+            try:
+                action()
+            except (OSError, TypeError) as error:
+                self.failure = error
+
+    def open(self, path: Path, entries: Sequence[Entry]) -> None:
+        def make() -> None:
+            self._file = TensorFile(path, entries)
+
+        self.attempt(make)
+
+    def append(self, whole: Tensor) -> None:
+        if self._file is not None:
+            self.attempt(partial(self._file.append, whole))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.attempt(self._file.close)
+
+    def tell(self, directory: Path) -> None:
+        if self.failure is not None:
+            raise CheckpointError(f"{directory}: nothing was exported: {self.failure}")
+
+
+def _prepare(part: Path, directory: Path, *, replace: bool) -> None:
+    if directory.exists() and any(directory.iterdir()) and not replace:
+        raise FileExistsError(17, "holds something already", str(directory))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _put(part: Path, directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.rename(part, directory)
+
+
+def wholes(model: Module) -> list[Whole]:
+    """Every parameter and saved buffer of a model, those of a tied parameter once. Collective."""
+    if deepspeed.is_engine(model):
+        return [Whole(Entry(n, dtype, shape), gather) for n, dtype, shape, gather in deepspeed.wholes(model)]
+    with quiet():
+        state: dict[str, Any] = get_model_state_dict(model)
+    seen: dict[tuple[int, torch.Size], str] = {}
+    repeated: dict[str, None] = {}
+    for name, tensor in state.items():
+        local = _local(tensor)
+        if local is not None and local.numel():
+            if seen.setdefault((local.data_ptr(), tensor.size()), name) != name:
+                repeated[name] = None
+    # A rank that holds nothing of a tensor cannot tell.
+    repeated = union(repeated, dist.group.WORLD if dist.is_initialized() else None)
+    return [
+        Whole(Entry(name, tensor.dtype, tuple(tensor.size())), partial(_gather, tensor))
+        for name, tensor in state.items()
+        if name not in repeated and isinstance(tensor, (Tensor, ShardedTensor))
+    ]
+
+
+def at_hand(name: str, tensor: Tensor) -> Whole:
+    """A tensor that is whole already."""
+    return Whole(Entry(name, tensor.dtype, tuple(tensor.shape)), partial(_gather, tensor))
+
+
+def _local(tensor: Any) -> Tensor | None:
+    if isinstance(tensor, ShardedTensor):
+        shards = tensor.local_shards()
+        return shards[0].tensor if shards else None
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+@torch.no_grad()
+def _gather(tensor: Any) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not isinstance(tensor, ShardedTensor):
+        whole: Tensor = tensor
+        return whole
+    # FSDP1 cuts along the first dim, so that the shards follow one another in the flattened tensor.
+    parts: list[Any] = sorted(tensor.metadata().shards_metadata, key=lambda part: part.shard_offsets)
+    sizes = {part.placement.rank(): math.prod(part.shard_sizes) for part in parts}
+    local = _local(tensor)
+    own = torch.zeros(max(sizes.values(), default=0), dtype=tensor.dtype, device=_device(local))
+    if local is not None:
+        own[: local.numel()] = local.reshape(-1)
+    group = tensor._process_group
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    return torch.cat([gathered[rank][: sizes[rank]] for rank in sizes]).view(tensor.size())
+
+
+def _device(local: Tensor | None) -> torch.device:
+    if local is not None:
+        return local.device
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def _share_out(tensors: Sequence[Whole], limit: int) -> list[list[Whole]]:
+    """Consecutive tensors by file, none larger than `limit` unless one tensor is."""
+    files: list[list[Whole]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if files[-1] and size + tensor.entry.num_bytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size += tensor.entry.num_bytes
+    return files
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(folder: Path, files: Sequence[Sequence[Whole]], names: Mapping[str, str]) -> None:
+    weight_map = {
+        names[t.entry.name]: _file_name(number, len(files))
+        for number, own in enumerate(files, start=1)
+        for t in own
+    }
+    size = sum(t.entry.num_bytes for own in files for t in own)
+    content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    text = json.dumps(content, indent=2, sort_keys=True)
+    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
