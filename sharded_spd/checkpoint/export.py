@@ -46,7 +46,8 @@ def export_safetensors(
 
     Tensors are gathered one after the other and written by the first rank, beside, and then renamed. `model`
     may be sharded by FSDP1, FSDP2, tensor parallelism or a DeepSpeed engine. `names`: FQN to the name in the
-    files. Tied parameters are written once.
+    files. Tied parameters are written once; FSDP1 does not
+    tell which are, there they are written under each name.
 
     Raises:
         CheckpointError: on every rank, where the first could not write or the directory holds something.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.resume import cases, zero_cases
+from tests.resume import cases, export_cases, zero_cases
 from tests.support.launch import Task
 from tests.support.training import FORMS
 from tests.support.zero import Setting
@@ -35,6 +35,11 @@ def _all() -> Iterator[Task]:
             setting = {"setting": Setting(stage=stage, dtype=dtype)}
             slow = (stage, dtype) not in ((1, "bf16"), (3, "fp32"))
             yield Task(f"same_ranks-{stage}-{dtype}", "zero", 2, zero_cases.same_ranks, setting, slow=slow)
+    for cell in CELLS:
+        yield Task("exported", *cell, export_cases.exported)
+    for stage, dtype in ((1, "bf16"), (3, "fp32"), (3, "bf16")):
+        setting = {"setting": Setting(stage=stage, dtype=dtype)}
+        yield Task(f"exported-{stage}-{dtype}", "zero", 2, export_cases.exported_zero, setting)
     for cell in (("fsdp2", 2), ("fsdp1", 2), ("ddp", 2)):
         yield Task("refusals", *cell, cases.refusals)
         for asynchronous in (False, True):
