@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_spd.binding import Binding, flat
+from sharded_spd.binding import Binding, flat, lost
 from sharded_spd.engines.dtensor import local_tensor
-from sharded_spd.errors import ConfigError, UnsupportedError
+from sharded_spd.errors import AnchorError, ConfigError, UnsupportedError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
@@ -22,7 +22,8 @@ from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
 from sharded_spd.sums import Item, Sums
 
-_HAS_GRAD, _FOUND_INF = 0, 1
+_HAS_GRAD, _FOUND_INF, _LOST = 0, 1, 2
+"""Rows of the flags: ranks with a gradient, with an overflow, without the file of an anchor on disk."""
 
 
 class Step:
@@ -34,7 +35,9 @@ class Step:
         self._plan = plan
         self._shards = shards
         self._binding = binding
-        self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
+        self._on_disk = binding.on_disk.intersection(plan.fqns)
+        num_flags = _LOST + 1 if self._on_disk else _LOST
+        self._flags = torch.zeros(num_flags, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._guarded = binding.unverified.among(plan.fqns)
         self._guard: Tensor | None = None
         if self._guarded:
@@ -74,14 +77,19 @@ class Step:
             wanted = [s for phase, s in item.part.keys(early=False) if phase == "after"]
             if wanted:
                 self._sums.add("after", item, wanted)
-        return self._sums.reduction(self._flags, guard=self._guard, guarded=self._guarded)
+        return self._sums.reduction(
+            self._flags, guard=self._guard, guarded=self._guarded, always=bool(self._on_disk)
+        )
 
     def project(self) -> None:
         """Find s from the reduced sums, and pull.
 
         Raises:
-            AnchorError: on all ranks alike, where a layer had left its anchor before its first step.
+            AnchorError: on all ranks alike, where a layer had left its anchor before its first step, or the
+                file of an anchor on disk has changed.
         """
+        if self._on_disk:
+            self._check_files()
         if self._guard is not None:
             self._settle(self._guard)
         for p, part in enumerate(self._plan.parts):
@@ -90,10 +98,20 @@ class Step:
                 stats = self._sums.stats(part, part.keys(early=False), earlier)
                 self._project(p, part, stats, self._sums.flags)
 
+    def _check_files(self) -> None:
+        """Raise on all ranks what one of them saw. Waits for the device."""
+        for fqn, ranks in zip(self._plan.fqns, self._sums.flags[_LOST].tolist(), strict=True):
+            if ranks:
+                source = getattr(self._binding.options[fqn].anchor, "source", "")
+                raise AnchorError(
+                    f"layer {fqn!r}: {self._lost.get(fqn, f'its anchor on disk, {source}, has changed')} "
+                    f"(seen on {ranks:.0f} rank(s))"
+                )
+
     def _settle(self, guard: Tensor) -> None:
         if self._guarded.isdisjoint(self._with_grad):
             return  # nothing to decide, so the host need not wait
-        has_grad, found_inf = self._sums.flags
+        has_grad, found_inf = self._sums.flags[_HAS_GRAD], self._sums.flags[_FOUND_INF]
         scopes = [scope.fqns for scope in self._plan.scopes]
         self._binding.unverified.settle(
             self._plan.fqns, scopes, guard, has_grad=has_grad, found_inf=found_inf, lr=self._lr
@@ -129,6 +147,7 @@ class Step:
     def _make_items(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> list[Item]:
         grad_scale = getattr(optimizer, "grad_scale", None)
         items = []
+        self._lost: dict[str, str] = {}
         for position, shard in enumerate(shards):
             if shard.grad is None:
                 continue
@@ -144,12 +163,18 @@ class Step:
                 weight = flat(shard.tensor)[item.cut]
                 if spec.anchored:
                     item.anchor, moved = self._binding.take(piece, weight)
+                    changed = lost(item.anchor)
+                    if changed is not None:
+                        self._lost[piece.layer], item.anchor = changed, None
                     if self._guard is not None and piece.layer in self._guarded:
                         self._watch(self._guard, item, moved)
                 if spec.granularity == "row" or part.has_row_stats:
                     item.spans = row_spans(piece, self._binding.layout.shapes[piece.layer])
                 item.state = self._plan.shard_states.get(piece.layer, {})
                 items.append(item)
+        if self._on_disk:
+            missing = [float(fqn in self._lost) for fqn in self._plan.fqns]
+            self._flags[_LOST] = self._plan.vectors["lost"].update(missing)
         return items
 
     @staticmethod
@@ -203,6 +228,8 @@ class Step:
     def _active(self, part: RulePart, stats: Stats, flags: Tensor) -> Tensor:
         """Which of the part's layers really step: bool `[num_layers]`."""
         active = (flags[_HAS_GRAD] > 0) & (flags[_FOUND_INF] == 0) & (self._lr != 0)
+        if self._on_disk:
+            active &= flags[_LOST] == 0
         return active[part.columns] & self._finite(stats, part)
 
     @staticmethod
