@@ -84,7 +84,6 @@ def test_any_chunk_of_any_region(tmp_path: Path, case, data) -> None:
         chunk = got[cut]
         assert chunk.dim() == 1
         assert chunk.dtype == want.dtype
-        assert chunk.storage_offset() * chunk.itemsize % chunk.itemsize == 0
         assert chunk.numel() == 0 or chunk.data_ptr() % chunk.itemsize == 0
         assert torch.equal(chunk, want[cut])
 
@@ -109,11 +108,11 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
         (FlatRange(100), 6000, 0),  # a view of the file
         (Box((1, 0, 0), (2, 60, 50)), 6000, 0),
         (Box((0, 10, 0), (4, 30, 50)), 6000, 1000),
-        (Box((0, 0, 20), (4, 60, 25)), 6000, 1000),
+        (Box((0, 0, 20), (4, 60, 25)), 6000, 1500),
     ],
 )
 def test_a_chunk_costs_no_more_than_itself(tmp_path: Path, region, numel: int, copied: int) -> None:
-    """A chunk of 500 elements, which may be put together of parts: twice its size at most."""
+    """A chunk of 500 elements, which may be put together of parts: at most its size for each dim."""
     save_file({"w": torch.arange(12000, dtype=torch.float32).view(4, 60, 50)}, tmp_path / "m.safetensors")
     got = MappedAnchor(tmp_path / "m.safetensors").fetch(ShardSlice("w", 0, numel, region))
     want = FileAnchor(tmp_path / "m.safetensors").fetch(ShardSlice("w", 0, numel, region))
@@ -286,11 +285,10 @@ def test_what_has_no_file_is_refused(source: object) -> None:
 def test_what_may_be_on_disk() -> None:
     for source in ("zero", "/models/base", MappedAnchor("x")):
         assert AnchorConfig(source=source, device="disk").device == "disk"
-    params = parameters(layers())
     model = Probe(layers())
-    attach(
-        torch.optim.Adam(params.values()), model, SPDConfig(anchor=AnchorConfig(source="zero", device="disk"))
-    )
+    zero = SPDConfig(anchor=AnchorConfig(source="zero", device="disk"))
+    projector = attach(torch.optim.Adam(model.parameters()), model, zero)
+    assert projector.export_anchors()["norm.weight"].values is None
 
 
 def test_mapping_warns_of_nothing(checkpoint: Path) -> None:
