@@ -22,8 +22,12 @@ from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
 from sharded_spd.sums import Item, Sums
 
-_HAS_GRAD, _FOUND_INF, _LOST = 0, 1, 2
-"""Rows of the flags: ranks with a gradient, with an overflow, without the file of an anchor on disk."""
+_HAS_GRAD, _FOUND_INF = 0, 1
+"""Rows of the flags: ranks with a gradient, with an overflow."""
+
+_LOST = 2.0**20
+"""What a rank that has lost the file of an anchor on disk adds to the overflows, more than there are ranks: a
+row of its own would change the order in which the statistics are added up, and so their last bits."""
 
 
 class Step:
@@ -36,8 +40,7 @@ class Step:
         self._shards = shards
         self._binding = binding
         self._on_disk = binding.on_disk.intersection(plan.fqns)
-        num_flags = _LOST + 1 if self._on_disk else _LOST
-        self._flags = torch.zeros(num_flags, len(plan.fqns), dtype=torch.float64, device=plan.device)
+        self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._guarded = binding.unverified.among(plan.fqns)
         self._guard: Tensor | None = None
         if self._guarded:
@@ -100,18 +103,18 @@ class Step:
 
     def _check_files(self) -> None:
         """Raise on all ranks what one of them saw. Waits for the device."""
-        for fqn, ranks in zip(self._plan.fqns, self._sums.flags[_LOST].tolist(), strict=True):
-            if ranks:
+        for fqn, count in zip(self._plan.fqns, self._sums.flags[_FOUND_INF].tolist(), strict=True):
+            if count >= _LOST:
                 source = getattr(self._binding.options[fqn].anchor, "source", "")
                 raise AnchorError(
                     f"layer {fqn!r}: {self._lost.get(fqn, f'its anchor on disk, {source}, has changed')} "
-                    f"(seen on {ranks:.0f} rank(s))"
+                    f"(seen on {count // _LOST:.0f} rank(s))"
                 )
 
     def _settle(self, guard: Tensor) -> None:
         if self._guarded.isdisjoint(self._with_grad):
             return  # nothing to decide, so the host need not wait
-        has_grad, found_inf = self._sums.flags[_HAS_GRAD], self._sums.flags[_FOUND_INF]
+        has_grad, found_inf = self._sums.flags
         scopes = [scope.fqns for scope in self._plan.scopes]
         self._binding.unverified.settle(
             self._plan.fqns, scopes, guard, has_grad=has_grad, found_inf=found_inf, lr=self._lr
@@ -173,8 +176,8 @@ class Step:
                 item.state = self._plan.shard_states.get(piece.layer, {})
                 items.append(item)
         if self._on_disk:
-            missing = [float(fqn in self._lost) for fqn in self._plan.fqns]
-            self._flags[_LOST] = self._plan.vectors["lost"].update(missing)
+            missing = [_LOST if fqn in self._lost else 0.0 for fqn in self._plan.fqns]
+            self._flags[_FOUND_INF] += self._plan.vectors["lost"].update(missing)
         return items
 
     @staticmethod
@@ -228,8 +231,6 @@ class Step:
     def _active(self, part: RulePart, stats: Stats, flags: Tensor) -> Tensor:
         """Which of the part's layers really step: bool `[num_layers]`."""
         active = (flags[_HAS_GRAD] > 0) & (flags[_FOUND_INF] == 0) & (self._lr != 0)
-        if self._on_disk:
-            active &= flags[_LOST] == 0
         return active[part.columns] & self._finite(stats, part)
 
     @staticmethod

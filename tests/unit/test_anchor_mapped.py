@@ -97,7 +97,8 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view:
+        shared = func.is_view or func is torch.ops.aten._unsafe_view.default
+        if isinstance(result, Tensor) and not shared:
             self.copied += result.numel()
         return result
 
