@@ -18,6 +18,7 @@ from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan, Reduction, RulePart, reduce_together_
+from sharded_spd.prefetch import ahead
 from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
 from sharded_spd.sums import Item, Sums
@@ -178,6 +179,9 @@ class Step:
         if self._on_disk:
             missing = [_LOST if fqn in self._lost else 0.0 for fqn in self._plan.fqns]
             self._flags[_FOUND_INF] += self._plan.vectors["lost"].update(missing)
+        near = ahead([(item.anchor, item.shard.tensor.device) for item in items])
+        for item, anchor in zip(items, near, strict=True):
+            item.anchor = anchor
         return items
 
     @staticmethod
