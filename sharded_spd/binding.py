@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sharded_spd.agree import agree, union
-from sharded_spd.anchors.base import AnchorStore
+from sharded_spd.anchors.base import AnchorStore, Values, is_on_disk
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
+from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.anchors.memory import TensorAnchor, take_region
 from sharded_spd.errors import AnchorError
 from sharded_spd.guard import Unverified
@@ -52,7 +53,7 @@ class HeldAnchor:
     """
 
     piece: ShardSlice
-    values: Tensor | None
+    values: Values | None
     pending: bool = False
     dtype: torch.dtype | None = None
     fingerprint: tuple[int, ...] = ()
@@ -75,7 +76,20 @@ class Binding:
         """The fingerprint of all anchors, also of layers that only other ranks have."""
         return combine({**self.elsewhere, **self.fingerprints})
 
-    def take(self, piece: ShardSlice, weight: Tensor) -> tuple[Tensor | None, bool]:
+    @property
+    def on_disk(self) -> set[str]:
+        """The layers whose anchor is read from disk in every step; the same on all ranks that have them."""
+        anchored = {fqn: own for fqn, own in self.options.items() if own.rule.spec.anchored}
+        return {fqn for fqn, own in anchored.items() if is_on_disk(own.anchor)}
+
+    def check_files(self) -> None:
+        """Raises AnchorError where the file of an anchor on disk has changed since it was bound."""
+        for fqn, held in self.held.items():
+            changed = lost(held.values)
+            if changed is not None:
+                raise AnchorError(f"layer {fqn!r}: {changed}")
+
+    def take(self, piece: ShardSlice, weight: Tensor) -> tuple[Values | None, bool]:
         """The bound values of `piece`, and whether they are lost: a frozen layer that was loaded since.
 
         A frozen layer's anchor is taken now, at its first gradient, from its weight; where that has changed
@@ -104,10 +118,15 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
-def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Tensor | None:
+def lost(values: Values | None) -> str | None:
+    """Why values on disk can be read no more, if so: reading them might even end the process."""
+    return values.changed() if isinstance(values, MappedValues) else None
+
+
+def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Values | None:
     """The anchor values of one slice, from the store, or from `weight` (1-D, the slice's) for a snapshot."""
     if isinstance(options.anchor, str):
-        values = weight.to(options.anchor_dtype or weight.dtype, copy=True)
+        values: Values = weight.to(options.anchor_dtype or weight.dtype, copy=True)
     else:
         fetched = options.anchor.fetch(piece)
         if fetched is None:
@@ -118,13 +137,17 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Tensor |
     return values
 
 
-def _place(values: Tensor, weight: Tensor, options: LayerSettings) -> Tensor:
+def _place(values: Values, weight: Tensor, options: LayerSettings) -> Values:
+    if isinstance(values, MappedValues):
+        values.check()
+    if not isinstance(values, Tensor):
+        return values
     if not options.anchor_on_cpu:
         return values.to(weight.device)
     return values.cpu().pin_memory() if weight.is_cuda else values.cpu()
 
 
-def cut(values: Tensor, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor:
+def cut(values: Values, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ...]) -> Values:
     """What `piece` holds of values that were bound to another shard of the layer, e.g. the whole.
 
     Raises:
@@ -138,7 +161,7 @@ def cut(values: Tensor, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ..
             f"({old.region}, now {piece.region}); build the optimizer with anchor='deferred' and call "
             "bind() after sharding, or anchor at a checkpoint's path"
         )
-    return take_region(values.view(shape), piece)
+    return take_region(values[: values.numel()].view(shape), piece)
 
 
 def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> None:
@@ -221,7 +244,7 @@ def _values(
     piece: ShardSlice,
     weight: Tensor,
     shape: tuple[int, ...],
-) -> tuple[Tensor | None, bool]:
+) -> tuple[Values | None, bool]:
     """The anchor of a slice, and whether it was known before this binding."""
     if old is None:
         return fetch(options, piece, weight), False
@@ -238,14 +261,18 @@ def _values(
 
 
 def _hold(
-    values: Tensor | None, piece: ShardSlice, weight: Tensor, prints: Tensor, *, frozen: bool
+    values: Values | None, piece: ShardSlice, weight: Tensor, prints: Tensor, *, frozen: bool
 ) -> HeldAnchor:
     """A frozen layer whose anchor its weight reproduces takes no memory before its first gradient.
 
     Taking it from the weight then, and not from its store, also keeps a step free of reads that may fail on
-    one rank.
+    one rank. What takes no memory anyway is held.
     """
-    if frozen and values is not None and torch.equal(weight.to(values.dtype), values.to(weight.device)):
+    if (
+        frozen
+        and isinstance(values, Tensor)
+        and torch.equal(weight.to(values.dtype), values.to(weight.device))
+    ):
         return HeldAnchor(piece, None, pending=True, dtype=values.dtype, fingerprint=_numbers(prints))
     return HeldAnchor(piece, values)
 
@@ -261,7 +288,7 @@ class _Totals(NamedTuple):
     counts: Tensor
 
 
-def _norm_sq(values: Tensor | None) -> Tensor:
+def _norm_sq(values: Values | None) -> Tensor:
     if values is None:
         return torch.zeros((), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=values.device)

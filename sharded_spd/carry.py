@@ -80,4 +80,6 @@ def move_layers(
             for key, values in plan.shard_states.get(fqn, {}).items():
                 if key in target.shard_states.get(name, {}):
                     piece = target.pieces[name]
-                    target.shard_states[name][key].copy_(cut(values, plan.pieces[fqn], piece, shapes[name]))
+                    target.shard_states[name][key].copy_(
+                        cut(values, plan.pieces[fqn], piece, shapes[name])[:]
+                    )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from sharded_spd.anchors.base import AnchorStore
+from sharded_spd.anchors.base import AnchorStore, is_on_disk
 from sharded_spd.errors import ConfigError
 from sharded_spd.strict_yaml import read_yaml, unknown_key
 
@@ -29,12 +29,12 @@ class AnchorConfig:
 
     `source`: "snapshot" (the weights at binding), "deferred" (bound later by `bind()`), "zero", the path of
     a safetensors checkpoint (relative to the working directory), or an `AnchorStore`. `dtype` "auto" keeps
-    the stored dtype. `device` "cpu" keeps the anchor in host memory.
+    the stored dtype. `device` "cpu" keeps the anchor in host memory, "disk" leaves it in its files.
     """
 
     source: str | AnchorStore = "snapshot"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "disk"] = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.source, os.PathLike):
@@ -43,7 +43,9 @@ class AnchorConfig:
             wanted = '"snapshot", "deferred", "zero", a path or an AnchorStore'
             raise ConfigError(_mismatch("source", wanted, self.source))
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _check_choice("device", self.device, ("auto", "cpu"))
+        _check_choice("device", self.device, ("auto", "cpu", "disk"))
+        if self.device == "disk":
+            _check_on_disk(self.source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,6 +216,17 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(_mismatch(name, "one of " + ", ".join(choices), value) + hint)
+
+
+def _check_on_disk(source: str | AnchorStore) -> None:
+    stays = is_on_disk(source) or (isinstance(source, str) and source not in ("snapshot", "deferred"))
+    if not stays:
+        got = _shown(source) if isinstance(source, str) else f"a store of {source.source!r}"
+        raise ConfigError(
+            f"device: disk reads the anchor from its file in every step, but the source is {got}, which "
+            "keeps its values in memory: name the path of the pre-trained model's safetensors checkpoint, or "
+            "say device: cpu to spare only the device's memory"
+        )
 
 
 def _check_rule(value: object) -> None:

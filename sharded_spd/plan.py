@@ -150,7 +150,7 @@ class Reduction:
         rows: statistics per row, each `[num_rows]` with the index of its part.
         guard: the guard's rows `[4, num_layers]`; only scopes with a guarded layer send them.
         guarded: layers that are still to be checked, the same on all ranks of their scopes.
-        asked: whether any rule asks for a statistic; else only scopes with a guarded layer reduce.
+        asked: whether anything asks for more than the guard; else only scopes with a guarded layer reduce.
     """
 
     plan: Plan

@@ -298,6 +298,7 @@ class Projector:
         """
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
         binding = self._require()
+        agree(binding.check_files, self._adapter.agreement_groups)
         return union(measure_deviation(binding, shards), binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:

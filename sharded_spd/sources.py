@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_spd.anchors import AnchorStore, FileAnchor, TensorAnchor, ZeroAnchor
+from sharded_spd.anchors import AnchorStore, FileAnchor, MappedAnchor, TensorAnchor, ZeroAnchor
 from sharded_spd.binding import LayerSettings
 from sharded_spd.config import AnchorConfig, SPDConfig
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
@@ -23,9 +23,16 @@ Source = str | os.PathLike[str] | AnchorStore
 
 
 def open_source(
-    source: Source, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", missing: Any = "raise"
+    source: Source,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    missing: Any = "raise",
+    *,
+    on_disk: bool = False,
 ) -> AnchorStore | Literal["snapshot"]:
-    """The store of an anchor source; "deferred" is a snapshot that is taken later."""
+    """The store of an anchor source; "deferred" is a snapshot that is taken later.
+
+    `on_disk` leaves the values of a path in their files.
+    """
     if isinstance(source, AnchorStore):
         return source
     if not isinstance(source, (str, os.PathLike)):
@@ -38,7 +45,9 @@ def open_source(
         )
     if source in ("snapshot", "deferred"):
         return "snapshot"
-    return ZeroAnchor() if source == "zero" else FileAnchor(source, dtype=dtype, missing=missing)
+    if source == "zero":
+        return ZeroAnchor()
+    return (MappedAnchor if on_disk else FileAnchor)(source, dtype=dtype, missing=missing)
 
 
 def source_name(source: Source) -> str:
@@ -145,7 +154,9 @@ class ConfigResolver:
     def _store(self, anchor: AnchorConfig) -> AnchorStore | Literal["snapshot"]:
         if isinstance(anchor.source, AnchorStore):
             return anchor.source
-        key = f"{anchor.source}:{anchor.dtype}"
+        on_disk = anchor.device == "disk"
+        key = f"{anchor.source}:{anchor.dtype}:{on_disk}"
         if key not in self._stores:
-            self._stores[key] = open_source(anchor.source, anchor.dtype, self._config.anchor_missing)
+            missing = self._config.anchor_missing
+            self._stores[key] = open_source(anchor.source, anchor.dtype, missing, on_disk=on_disk)
         return self._stores[key]

@@ -11,18 +11,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_spd.binding import Binding, flat
+from sharded_spd.binding import Binding, flat, lost
 from sharded_spd.engines.dtensor import local_tensor
-from sharded_spd.errors import ConfigError, UnsupportedError
+from sharded_spd.errors import AnchorError, ConfigError, UnsupportedError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan, Reduction, RulePart, reduce_together_
+from sharded_spd.prefetch import ahead
 from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
 from sharded_spd.sums import Item, Sums
 
 _HAS_GRAD, _FOUND_INF = 0, 1
+"""Rows of the flags: ranks with a gradient, with an overflow."""
+
+_LOST = 2.0**20
+"""What a rank that has lost the file of an anchor on disk adds to the overflows, more than there are ranks: a
+row of its own would change the order in which the statistics are added up, and so their last bits."""
 
 
 class Step:
@@ -34,6 +40,7 @@ class Step:
         self._plan = plan
         self._shards = shards
         self._binding = binding
+        self._on_disk = binding.on_disk.intersection(plan.fqns)
         self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._guarded = binding.unverified.among(plan.fqns)
         self._guard: Tensor | None = None
@@ -74,14 +81,19 @@ class Step:
             wanted = [s for phase, s in item.part.keys(early=False) if phase == "after"]
             if wanted:
                 self._sums.add("after", item, wanted)
-        return self._sums.reduction(self._flags, guard=self._guard, guarded=self._guarded)
+        return self._sums.reduction(
+            self._flags, guard=self._guard, guarded=self._guarded, always=bool(self._on_disk)
+        )
 
     def project(self) -> None:
         """Find s from the reduced sums, and pull.
 
         Raises:
-            AnchorError: on all ranks alike, where a layer had left its anchor before its first step.
+            AnchorError: on all ranks alike, where a layer had left its anchor before its first step, or the
+                file of an anchor on disk has changed.
         """
+        if self._on_disk:
+            self._check_files()
         if self._guard is not None:
             self._settle(self._guard)
         for p, part in enumerate(self._plan.parts):
@@ -89,6 +101,16 @@ class Step:
                 earlier = self._edited[p][0] if p in self._edited else None
                 stats = self._sums.stats(part, part.keys(early=False), earlier)
                 self._project(p, part, stats, self._sums.flags)
+
+    def _check_files(self) -> None:
+        """Raise on all ranks what one of them saw. Waits for the device."""
+        for fqn, count in zip(self._plan.fqns, self._sums.flags[_FOUND_INF].tolist(), strict=True):
+            if count >= _LOST:
+                source = getattr(self._binding.options[fqn].anchor, "source", "")
+                raise AnchorError(
+                    f"layer {fqn!r}: {self._lost.get(fqn, f'its anchor on disk, {source}, has changed')} "
+                    f"(seen on {count // _LOST:.0f} rank(s))"
+                )
 
     def _settle(self, guard: Tensor) -> None:
         if self._guarded.isdisjoint(self._with_grad):
@@ -129,6 +151,7 @@ class Step:
     def _make_items(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> list[Item]:
         grad_scale = getattr(optimizer, "grad_scale", None)
         items = []
+        self._lost: dict[str, str] = {}
         for position, shard in enumerate(shards):
             if shard.grad is None:
                 continue
@@ -144,12 +167,21 @@ class Step:
                 weight = flat(shard.tensor)[item.cut]
                 if spec.anchored:
                     item.anchor, moved = self._binding.take(piece, weight)
+                    changed = lost(item.anchor)
+                    if changed is not None:
+                        self._lost[piece.layer], item.anchor = changed, None
                     if self._guard is not None and piece.layer in self._guarded:
                         self._watch(self._guard, item, moved)
                 if spec.granularity == "row" or part.has_row_stats:
                     item.spans = row_spans(piece, self._binding.layout.shapes[piece.layer])
                 item.state = self._plan.shard_states.get(piece.layer, {})
                 items.append(item)
+        if self._on_disk:
+            missing = [_LOST if fqn in self._lost else 0.0 for fqn in self._plan.fqns]
+            self._flags[_FOUND_INF] += self._plan.vectors["lost"].update(missing)
+        near = ahead([(item.anchor, item.shard.tensor.device) for item in items])
+        for item, anchor in zip(items, near, strict=True):
+            item.anchor = anchor
         return items
 
     @staticmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharded_spd.anchors.base import Values
 from sharded_spd.binding import flat
 from sharded_spd.layout import BoundShard, ShardSlice
 from sharded_spd.plan import Key, Phase, Plan, Reduction, RulePart
@@ -29,7 +30,7 @@ class Item:
     index: int
     column: int
     grad_factor: float | Tensor
-    anchor: Tensor | None
+    anchor: Values | None
     spans: list[RowSpan]
     state: dict[str, Tensor]
     kept: Tensor | None = None
@@ -93,9 +94,17 @@ class Sums:
             self._cells[cell] = self._cells[cell] + value if cell in self._cells else value
 
     def reduction(
-        self, flags: Tensor, *, guard: Tensor | None = None, guarded: set[str] | None = None
+        self,
+        flags: Tensor,
+        *,
+        guard: Tensor | None = None,
+        guarded: set[str] | None = None,
+        always: bool = False,
     ) -> Reduction:
-        """Flags, statistics, rows and guard, ready to be summed over all scopes in place."""
+        """Flags, statistics, rows and guard, ready to be summed over all scopes in place.
+
+        `always`: the flags are wanted even where no rule asks for a statistic.
+        """
         plan, num_flags = self._plan, flags.shape[0]
         zero = torch.zeros((), dtype=torch.float64, device=plan.device)
         cells = [self._cells.get((key, i), zero) for key in self._layer_keys for i in range(len(plan.fqns))]
@@ -103,7 +112,7 @@ class Sums:
         table = torch.cat([flags, sums])
         rows = [(p, buffer) for (p, _), buffer in self._rows.items()]
         self.flags, self._table = table[:num_flags], table[num_flags:]
-        return Reduction(plan, table, rows, guard, guarded or set(), asked=bool(cells or rows))
+        return Reduction(plan, table, rows, guard, guarded or set(), asked=always or bool(cells or rows))
 
     def row(self, key: Key) -> Tensor:
         """A reduced statistic per layer of the plan, `[num_layers]`."""

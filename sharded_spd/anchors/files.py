@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from sharded_spd.anchors.base import Values
 from sharded_spd.anchors.reader import StoredTensor, load_json, read_header, read_piece
 from sharded_spd.errors import AnchorError
 from sharded_spd.layout import ShardSlice
@@ -97,7 +98,7 @@ class FileAnchor:
             f"({_some(strays)}), so it is probably a larger model's"
         ]
 
-    def fetch(self, piece: ShardSlice) -> torch.Tensor | None:
+    def fetch(self, piece: ShardSlice) -> Values | None:
         """Read the values of `piece` as a fresh 1-D tensor `[piece.numel]`; None: anchored at zero.
 
         Raises:
@@ -108,12 +109,15 @@ class FileAnchor:
                 self._names[piece.layer] = match_names([piece.layer], self._tensor_files()).get(piece.layer)
             key = self._names[piece.layer]
             if key is not None:
-                return read_piece(self._tensor(key), piece.region, numel=piece.numel, dtype=self._dtype)
+                return self._read(self._tensor(key), piece)
         except AnchorError as error:
             raise AnchorError(f"{piece.layer}: {error}") from None
         if self._zero:
             return None
         raise AnchorError(self._missing(piece.layer, suggest=True))
+
+    def _read(self, tensor: StoredTensor, piece: ShardSlice) -> Values:
+        return read_piece(tensor, piece.region, numel=piece.numel, dtype=self._dtype)
 
     def _tensor(self, key: str) -> StoredTensor:
         path = self._tensor_files()[key]

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from sharded_spd.anchors.base import Values
 from sharded_spd.layout import FlatRange, ShardSlice
 
 SEEDS = (0x5350445F616E6368, 0x6F725F7368617264)
@@ -48,7 +49,7 @@ def _flat_indices(
 
 
 @torch.no_grad()
-def slice_fingerprint(values: Tensor | None, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor:
+def slice_fingerprint(values: Values | None, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor:
     """This slice's part of the layer's fingerprint, int64 `[2]`; `values` `[piece.numel]`, None for zero."""
     total = torch.zeros(len(SEEDS), dtype=torch.int64, device=values.device if values is not None else "cpu")
     if values is None:

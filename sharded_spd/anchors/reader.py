@@ -1,7 +1,8 @@
 """Reading pieces of a safetensors file with plain reads.
 
-The file is not mapped into memory: pages of a mapping count as the process's own until the kernel drops
-them, and a mapped tensor is a view that keeps the file open. Here one small buffer bounds what a read takes.
+The file is not mapped into memory (`mapped` does that, where the values are to stay on disk): pages of a
+mapping count as the process's own until the kernel drops them, and a mapped tensor is a view that keeps the
+file open. Here one small buffer bounds what a read takes.
 """
 
 from __future__ import annotations
@@ -99,19 +100,15 @@ def read_piece(
     Raises:
         AnchorError: the region lies outside the tensor, or the file has changed since its header was read.
     """
-    if tensor.dtype is None:
-        raise AnchorError(
-            f"{tensor.path}: tensor {tensor.name!r} is {tensor.stored_as}; wanted floating point"
-        )
-    _check_region(tensor, region, numel)
-    out = torch.empty(numel, dtype=dtype or tensor.dtype)
+    stored = check_piece(tensor, region, numel)
+    out = torch.empty(numel, dtype=dtype or stored)
     if numel == 0:
         return out
     try:
         with open(tensor.path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != tensor.file_bytes:
                 raise AnchorError(f"{tensor.path}: changed while it was in use (tensor {tensor.name!r})")
-            reader = _Reader(file, tensor, tensor.dtype)
+            reader = _Reader(file, tensor, stored)
             if isinstance(region, FlatRange):
                 reader.copy_run(out, region.start)
             else:
@@ -119,6 +116,20 @@ def read_piece(
     except OSError as error:
         raise AnchorError(f"{tensor.path}: reading {tensor.name!r} failed: {error.strerror}") from None
     return out
+
+
+def check_piece(tensor: StoredTensor, region: FlatRange | Box, numel: int) -> torch.dtype:
+    """The dtype as stored, having checked that the region is `numel` elements within the tensor.
+
+    Raises:
+        AnchorError: it is not, or the tensor is not floating point.
+    """
+    if tensor.dtype is None:
+        raise AnchorError(
+            f"{tensor.path}: tensor {tensor.name!r} is {tensor.stored_as}; wanted floating point"
+        )
+    _check_region(tensor, region, numel)
+    return tensor.dtype
 
 
 class _Reader:

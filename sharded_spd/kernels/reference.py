@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharded_spd.anchors.base import Values
 from sharded_spd.stats import CHUNK
 
 
@@ -20,7 +21,7 @@ def _pull_chunk(weight: Tensor, anchor: Tensor | None, s: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pull_(weight: Tensor, anchor: Tensor | None, s: Tensor) -> None:
+def pull_(weight: Tensor, anchor: Values | None, s: Tensor) -> None:
     """w <- w - s * (w - w0) (modified in place); where s is 0, or the result not finite, the bits stay.
 
     Args:

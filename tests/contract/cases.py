@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach
-from sharded_spd.config import LayerConfig
+from sharded_spd.config import AnchorConfig, LayerConfig
 from sharded_spd.errors import BindingError
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
@@ -62,6 +64,23 @@ def file_truncated_on_one_rank(engine: Engine, *, form: Form) -> None:
         (ValueError,),
         where,
     )
+
+
+def file_on_disk_changed_on_one_rank(engine: Engine, *, rule: str) -> None:
+    """Seen before its pages are touched, which would end the process; every rank of the scopes raises."""
+    start = tensors()
+    path = _own_copy(engine, tensors(seed=3))
+    options = replace(SPD, rule=rule)
+    anchor = AnchorConfig(source=str(path), device="disk")
+    training = Training(engine, start, options, form="attached", anchor=anchor)
+    first, *others = gradients(start, 3)
+    training.step(first)
+    if engine.rank == 1:
+        os.truncate(path, 100)
+    for grads in others:
+        training.backward(grads)
+        refused(engine, training.update, (ValueError,), r"layer '.*node\d.*has changed.*rank")
+    refused(engine, training.projector.deviation, (ValueError,), "node1", "100 now")
 
 
 def file_of_another_model(engine: Engine, *, form: Form) -> None:

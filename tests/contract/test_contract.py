@@ -38,6 +38,9 @@ def _all() -> Iterator[Task]:
         cases.unknown_rule,
     ):
         yield from _tasks(ENGINES, function, FORMS)
+    for rule in ("spd", "l2sp"):
+        cells = (*SHARDED, ("fsdp2_tp", 4), ("fsdp1_flat", 2))
+        yield from _tasks(cells, cases.file_on_disk_changed_on_one_rank, rule=rule)
     for function in (cases.pattern_of_nothing, cases.negative_lambda, cases.pre_of_another_length):
         yield from _tasks(ENGINES, function)
     for function in (cases.loaded_after_snapshot, cases.nan_on_one_rank):

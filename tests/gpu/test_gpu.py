@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sharded_spd import AdamSPD, SPDConfig, attach
+from sharded_spd.config import AnchorConfig
 from tests.reference.golden import SPD_FILES, read_golden
 from tests.reference.oracle import LayerOptions, Oracle
 from tests.support.compare import assert_float32_parity, assert_float64_parity
@@ -87,8 +90,6 @@ def test_steps_never_wait(how: str) -> None:
 
 def test_anchor_in_host_memory() -> None:
     """`device: cpu` keeps the anchor in pinned host memory; the result is the same."""
-    from sharded_spd.config import AnchorConfig
-
     start = layers()
     model = Probe({name: w.to(GPU) for name, w in start.items()})
     params = dict(model.named_parameters())
@@ -100,3 +101,61 @@ def test_anchor_in_host_memory() -> None:
         optimizer.step()
         oracle.step(grads)
     assert_float64_parity({name: w.cpu() for name, w in values(params).items()}, oracle.weights)
+
+
+def big(seed: int) -> dict[str, torch.Tensor]:
+    """Layers of several pieces of the prefetch, and small ones between."""
+    generator = torch.Generator(device=GPU).manual_seed(seed)
+    shapes = {"a": (3, 1 << 20), "b": (7,), "c": (1 << 21,), "d": (64, 33)}
+    return {name: torch.randn(shape, generator=generator, device=GPU) for name, shape in shapes.items()}
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["spd", "l2sp"])
+def test_prefetched_anchors(tmp_path: Path, rule: str, stored: torch.dtype) -> None:
+    """`device: cpu` and `disk` are bit-equal to `auto`; cpu copies ahead without the host ever waiting."""
+    path = tmp_path / "base.safetensors"
+    save_file({name: w.to("cpu", stored) for name, w in big(3).items()}, path)
+    drawn = [big(100 + t) for t in range(6)]
+    found = {}
+    for device in ("auto", "cpu", "disk"):
+        model = Probe(big(0))
+        params = dict(model.named_parameters())
+        optimizer = torch.optim.Adam(params.values(), lr=LR, foreach=True)
+        anchor = AnchorConfig(source=str(path), device=device)  # type: ignore[arg-type]
+        projector = attach(optimizer, model, SPDConfig(rule=rule, weight_decay=LAMBDA, anchor=anchor))
+        pulled = 0
+        for t, grads in enumerate(drawn):
+            give(params, grads)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if t >= 2 and device != "disk" else "default")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+            pulled += sum(layer["s"] > 0 for layer in projector.metrics()["layers"].values())
+        assert pulled >= 3
+        found[device] = values(params)
+        if device == "cpu":
+            held = [anchor.values for anchor in projector.export_anchors().values()]
+            assert all(isinstance(v, torch.Tensor) and v.is_pinned() for v in held)
+    for device in ("cpu", "disk"):
+        for name, want in found["auto"].items():
+            assert torch.equal(found[device][name], want), f"{device}: {name}"
+
+
+def test_prefetch_overlaps_on_a_busy_device() -> None:
+    """Buffers are used again and again while the device is far behind the host: nothing is overwritten."""
+    from sharded_spd.prefetch import ahead
+
+    count = 1 << 23
+    host = [torch.full((count,), float(i)).pin_memory() for i in range(8)]
+    totals = torch.zeros(8, dtype=torch.float64, device=GPU)
+    square = torch.randn(4096, 4096, device=GPU)
+    for _ in range(3):
+        totals.zero_()
+        for i, near in enumerate(ahead([(tensor, totals.device) for tensor in host])):
+            assert near is not None
+            for begin in range(0, count, 1 << 16):
+                square = torch.mm(square, square).clamp(-1, 1) if begin % (1 << 20) == 0 else square
+                totals[i] += near[begin : begin + (1 << 16)].double().sum()
+    assert totals.tolist() == [i * float(count) for i in range(8)]

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.parity import cases, collective_cases, kept_cases, older_cases, resume_cases, seam_cases
+from tests.parity import (
+    cases,
+    collective_cases,
+    disk_cases,
+    kept_cases,
+    older_cases,
+    resume_cases,
+    seam_cases,
+)
 from tests.reference.golden import SPD_FILES
 from tests.support.launch import Task
 from tests.support.training import FORMS
@@ -142,6 +150,8 @@ def _tasks() -> Iterator[Task]:
         yield Task("anchors_of_a_shard", engine, world, older_cases.anchors_of_a_shard)
     for engine, world in (("fsdp1", 2), ("fsdp1_flat", 2), ("fairscale_fsdp", 2)):
         yield Task("without_model", engine, world, older_cases.without_model)
+    for turn, engine in enumerate(("fsdp1", "fsdp1_flat", "fairscale_fsdp", "zero_redundancy")):
+        yield from _cross(engine, 2, disk_cases.bit_equal, turn)
     yield Task("sharded_after_binding", "fsdp1", 2, older_cases.sharded_after_binding)
     yield Task("channels_last", "fsdp1", 2, older_cases.channels_last)
     yield Task("ignored", "fsdp1", 2, older_cases.ignored)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import cases, collective_cases, kept_cases, resume_cases, seam_cases
+from tests.parity import cases, collective_cases, disk_cases, kept_cases, resume_cases, seam_cases
 from tests.reference.golden import SPD_FILES
 from tests.support.launch import Task
 from tests.support.training import FORMS
@@ -107,6 +107,11 @@ def _oracle() -> Iterator[Task]:
             reshard=reshard,
         )
     yield from _cross(FSDP2, cases.shard_dim1)
+    for first, rules in enumerate((False, True)):
+        label = "rules" if rules else ""
+        cells = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp2_tp", 4))
+        yield from _cross(cells, disk_cases.bit_equal, first=first, label=label, rules=rules)
+    yield from _cross((("fsdp2", 2),), disk_cases.bit_equal, label="columns", columns=True)
     yield from _cross((("fsdp2_tp", 4),), cases.uneven_strided)
     yield from _cross((("tp", 2),), cases.partial_gradients)
     yield from _cross((("tp", 2),), cases.empty_tp_shard)

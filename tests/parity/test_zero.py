@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.parity import disk_cases
 from tests.parity import zero_cases as cases
 from tests.parity import zero_odd_cases as odd
 from tests.parity import zero_seen_cases as seen
@@ -104,6 +105,7 @@ def _others() -> Iterator[Task]:
                     cases.golden, f"{stage}-{stem}", world, setting=one, stem=stem, slow=stage == 1 or slow
                 )
             yield _task(cases.agrees, f"{stage}-file", world, setting=one, grouped=True, file=True, slow=slow)
+            yield _task(disk_cases.bit_equal_zero, f"{stage}", world, setting=one, slow=slow)
             yield _task(cases.anchors, f"{stage}", world, setting=one, slow=slow)
             yield _task(cases.anchors, f"{stage}-bf16", world, setting=Setting(stage=stage, dtype="bf16"))
             sub = Setting(stage=stage, zero={"sub_group_size": 5} if stage == 3 else {})

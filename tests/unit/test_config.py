@@ -124,7 +124,7 @@ def test_unknown_key_unlike_any_lists_the_known_ones():
         ({"anchor": None}, r"^anchor: .*got None"),
         ({"anchor": {"source": ""}}, r"^anchor\.source: .*got ''"),
         ({"anchor": {"dtype": "floatt32"}}, r"^anchor\.dtype: .*did you mean 'float32'\?"),
-        ({"anchor": {"device": "gpu"}}, r"^anchor\.device: wanted one of auto, cpu, got 'gpu'"),
+        ({"anchor": {"device": "gpu"}}, r"^anchor\.device: wanted one of auto, cpu, disk, got 'gpu'"),
         ({"anchor_missing": "ignore"}, r"^anchor_missing: wanted one of raise, zero, got 'ignore'"),
         ({"layers": {"pattern": "a"}}, r"^layers: wanted a list"),
         ({"layers": "head"}, r"^layers: wanted a list.*got 'head' \(str\)"),

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from sharded_spd.anchors import FileAnchor
+from sharded_spd.anchors import FileAnchor, MappedValues
+from sharded_spd.anchors.base import is_on_disk
+from sharded_spd.config import AnchorConfig, SPDConfig
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor, names_in_checkpoint
-from sharded_spd.integrations.finetune.config import NamedBlock, TrainConfig
+from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, NamedBlock, TrainConfig
 from sharded_spd.integrations.finetune.corruptions import broad_augmentation, seven_corruptions
+from sharded_spd.integrations.finetune.methods import _with_anchor
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint
 from sharded_spd.integrations.finetune.records import Figure, new_directory
 from sharded_spd.integrations.finetune.select import choose_strength
@@ -173,3 +177,15 @@ def test_command_without_its_extra_names_it(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "pip install 'sharded_spd[job]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("device", ["auto", "disk"])
+def test_anchor_of_the_job_may_stay_on_disk(tmp_path, device):
+    """The checkpoint's names are another matter than where its values are kept."""
+    save_file({"encoder.weight": torch.arange(6.0)}, tmp_path / "model.safetensors")
+    spd = SPDConfig(anchor=AnchorConfig(source=FROM_CHECKPOINT, device=device))
+    store = _with_anchor(spd, tmp_path, {"weight": "encoder.weight"}).anchor.source
+    assert is_on_disk(store) is (device == "disk")
+    values = store.fetch(ShardSlice("weight", 0, 3, FlatRange(2)))
+    assert isinstance(values, MappedValues) is (device == "disk")
+    assert values[:].tolist() == [2.0, 3.0, 4.0]

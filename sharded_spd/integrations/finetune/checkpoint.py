@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from sharded_spd.anchors.base import AnchorStore
+from sharded_spd.anchors.base import AnchorStore, Values, is_on_disk
 from sharded_spd.checkpoint.export import Whole, at_hand, write_wholes
 from sharded_spd.errors import AnchorError, ConfigError
 from sharded_spd.layout import ShardSlice
@@ -97,11 +97,16 @@ class RenamedAnchor:
         """What the values are: the same as without the renaming."""
         return self.inner.source
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the values stay in their files."""
+        return is_on_disk(self.inner)
+
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """One sentence per layer that the store cannot serve with that full shape."""
         return self.inner.problems({self.names.get(fqn, fqn): shape for fqn, shape in shapes.items()})
 
-    def fetch(self, piece: ShardSlice) -> torch.Tensor | None:
+    def fetch(self, piece: ShardSlice) -> Values | None:
         """The values of `piece`, under the name that the file has for its layer."""
         return self.inner.fetch(replace(piece, layer=self.names.get(piece.layer, piece.layer)))
 

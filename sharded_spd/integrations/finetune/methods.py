@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sharded_spd.anchors.files import FileAnchor
+from sharded_spd.anchors.mapped import MappedAnchor
 from sharded_spd.api import attach
 from sharded_spd.config import AnchorConfig, SPDConfig
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor
@@ -65,7 +66,8 @@ def _with_anchor(spd: SPDConfig, checkpoint: Path, names: Mapping[str, str]) -> 
     def located(anchor: AnchorConfig) -> AnchorConfig:
         if anchor.source != FROM_CHECKPOINT:
             return anchor
-        store = RenamedAnchor(FileAnchor(checkpoint, anchor.dtype, spd.anchor_missing), names)
+        make = MappedAnchor if anchor.device == "disk" else FileAnchor
+        store = RenamedAnchor(make(checkpoint, anchor.dtype, spd.anchor_missing), names)
         return replace(anchor, source=store)
 
     layers = tuple(
