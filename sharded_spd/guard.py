@@ -7,8 +7,9 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,3 +85,18 @@ class Unverified:
             if any(flags[fqn][2] for fqn in members if fqn in self.fresh):
                 self.fresh -= set(members)
         self.pending -= {fqn for fqn in fqns if flags[fqn][3]}
+
+
+def check_fingerprint(state_dict: Mapping[str, Any], own: str) -> None:
+    """Whether a projector's saved state is of a run with the same anchors.
+
+    Raises:
+        AnchorError: it names another fingerprint.
+    """
+    saved = state_dict.get("fingerprint", "")
+    if saved and saved != own:
+        raise AnchorError(
+            f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another "
+            "pre-trained model, or weights loaded before the anchor was taken; bind the checkpoint's "
+            "anchor, then load"
+        )

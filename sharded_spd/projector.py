@@ -20,6 +20,7 @@ from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind, flat
 from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.guard import check_fingerprint
 from sharded_spd.layout import BoundShard, ShardLayout
 from sharded_spd.monitor import Monitor, measure_deviation
 from sharded_spd.plan import Plan, Reduction, reduce_together_
@@ -168,7 +169,7 @@ class Projector:
 
     def _check_unchanged(self, binding: Binding, renamed: Mapping[str, str]) -> None:
         if self._binding is None:
-            self._check_fingerprint(self._loaded, binding.fingerprint)
+            check_fingerprint(self._loaded, binding.fingerprint)
             return
         for fqn, before in self._binding.fingerprints.items():
             name = renamed.get(fqn, fqn)
@@ -324,18 +325,8 @@ class Projector:
         if self._binding is None:
             self._loaded = dict(state_dict)
             return
-        self._check_fingerprint(state_dict, self._binding.fingerprint)
+        check_fingerprint(state_dict, self._binding.fingerprint)
         self._restore(state_dict)
-
-    @staticmethod
-    def _check_fingerprint(state_dict: Mapping[str, Any], own: str) -> None:
-        saved = state_dict.get("fingerprint", "")
-        if saved and saved != own:
-            raise AnchorError(
-                f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another "
-                "pre-trained model, or weights loaded before the anchor was taken; bind the checkpoint's "
-                "anchor, then load"
-            )
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
         self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
