@@ -59,6 +59,8 @@ def read_header(path: str) -> dict[str, StoredTensor]:
                     f"its first bytes {start.hex(' ') or '(none)'}"
                 )
             header = file.read(length)
+    except UnicodeEncodeError:
+        raise AnchorError(f"{path!r}: is no name of a file") from None
     except OSError as error:
         raise AnchorError(f"{path}: cannot be read: {error.strerror}") from None
     entries = load_json(header, f"{path}: corrupt header")

@@ -97,10 +97,12 @@ def check_complete(folder: Path) -> dict[str, Any]:
     if not (folder / MARKER).is_file():
         raise CheckpointError(f"{folder}: is no complete checkpoint: it has no {MARKER}")
     marker = read_json(folder / MARKER)
-    files = marker.get("files")
+    files, step = marker.get("files"), marker.get("step")
     if marker.get("format") != FORMAT or not isinstance(files, dict):
         got = marker.get("format")
         raise CheckpointError(f"{folder}: format {got!r} is not known here; wanted {FORMAT}")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{folder}: is damaged: {MARKER} says step {step!r:.100}")
     for name, size in files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:

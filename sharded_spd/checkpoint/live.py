@@ -23,7 +23,6 @@ from sharded_spd.errors import AnchorError, CheckpointError
 from sharded_spd.projector import Projector
 
 RNG = "rng"
-LIVE = ("model", "optimizer", "projector")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +120,9 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without FSDP1's notices that its own state dicts, which torch itself calls here, will go."""
+    """Without torch's notices about what it does itself: FSDP1's state dicts, a save without ranks."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         warnings.filterwarnings("ignore", message=".*ShardedTensor.*", category=FutureWarning)
         yield

@@ -23,10 +23,10 @@ from sharded_spd.agree import agree
 from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.codec import join, merge, split, tensor_names
 from sharded_spd.checkpoint.folder import check_complete, find_latest, folder_of, start_folder
-from sharded_spd.checkpoint.live import LIVE, RNG, Live, as_optimizers, check_fits
+from sharded_spd.checkpoint.live import RNG, Live, as_optimizers, check_fits, quiet
 from sharded_spd.checkpoint.rng import rng_state, set_rng_state
 from sharded_spd.checkpoint.storage import Reader, StagedPlanner, Writer, read_metadata
-from sharded_spd.errors import CheckpointError, UnsupportedError
+from sharded_spd.errors import AnchorError, BindingError, CheckpointError, UnsupportedError
 from sharded_spd.projector import Projector
 
 T = TypeVar("T")
@@ -146,7 +146,8 @@ class Checkpoints:
 
     def _attempt(self, writer: Writer, action: Callable[[], object]) -> None:
         try:
-            action()
+            with quiet():
+                action()
         except (CheckpointException, OSError, RuntimeError) as error:
             writer.clean_up()
             raise CheckpointError(f"{self.directory}: nothing was saved: {_reason(error)}") from None
@@ -199,12 +200,20 @@ class Checkpoints:
         self._read(own, Reader(folder, metadata))
         if deepspeed.is_engine(model):
             deepspeed.load(model, live.projector, folder)
-        else:
-            live.restore(join({key: part for key, part in parts.items() if key in LIVE}, own))
-        if scheduler is not None:
-            scheduler.load_state_dict(join(parts["scheduler"], own))
-        set_rng_state({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})
-        return Resumed(int(marker["step"]), folder, join(parts.get("extra"), own))
+        try:
+            state = join(parts, own)
+            if not deepspeed.is_engine(model):
+                live.restore(state)
+            if scheduler is not None:
+                scheduler.load_state_dict(state["scheduler"])
+        except (CheckpointError, AnchorError, BindingError):
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{folder}: holds a state that does not fit this run: {what}") from error
+        drawn = {n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)}
+        agree(lambda: set_rng_state(drawn), self._groups)
+        return Resumed(marker["step"], folder, state.get("extra"))
 
     def _check(self, own: Mapping[str, Any], metadata: Any, values: Any, live: Live, folder: Path) -> None:
         parts = {
@@ -225,7 +234,8 @@ class Checkpoints:
         # torch's default fails where a rank has no row of an FSDP1 tensor.
         planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
         try:
-            dcp_load(tensors, storage_reader=reader, planner=planner, **self._where)
+            with quiet():
+                dcp_load(tensors, storage_reader=reader, planner=planner, **self._where)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint was not loaded: {_reason(error)}") from None
 

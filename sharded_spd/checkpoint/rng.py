@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_spd.errors import CheckpointError
+
 
 def rng_state() -> dict[str, Tensor]:
     """What torch (CPU and the current GPU), Python and, where it is loaded, NumPy would draw next."""
@@ -31,7 +33,18 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Draw on from where `rng_state` stood; what it did not know of is left alone."""
+    """Draw on from where `rng_state` stood; what it did not know of is left alone.
+
+    Raises:
+        CheckpointError: for a state that no generator takes.
+    """
+    try:
+        _set(state)
+    except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"the saved random numbers are damaged: {error}") from None
+
+
+def _set(state: Mapping[str, Tensor]) -> None:
     if "torch" in state:
         torch.set_rng_state(state["torch"])
     if "python" in state:

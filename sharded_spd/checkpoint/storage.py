@@ -209,6 +209,8 @@ def read_metadata(folder: Path) -> tuple[Metadata, Any]:
                 raise ValueError(f"the parts of {fqn!r} do not add up to it")
             found[fqn] = TensorStorageMetadata(TensorProperties(dtype), size, chunks)
         values = content["values"]
+        if not isinstance(values, dict):
+            raise TypeError("the values are no object")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
     return Metadata(found, storage_data=places), values
