@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from sharded_spd.cli.anchor import anchor_app
 from sharded_spd.errors import AnchorError, BindingError, ConfigError, UnsupportedError
 from sharded_spd.integrations.finetune.config import JobConfig, load_job
 from sharded_spd.integrations.finetune.launch import follow_supervisor, supervise
@@ -19,6 +20,7 @@ from sharded_spd.integrations.finetune.world import started_as_rank
 USER_ERRORS = (ConfigError, AnchorError, BindingError, UnsupportedError)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(anchor_app, name="anchor")
 
 
 @app.callback()

@@ -384,7 +384,9 @@ def test_file_that_ends_within_a_read(tmp_path):
     """As when another process cuts the file off after its size was checked."""
     path = tmp_path / "short"
     path.write_bytes(bytes(10))
-    tensor = reader.StoredTensor(str(path), "x", "F32", torch.float32, (3,), begin=0, file_bytes=10)
+    tensor = reader.StoredTensor(
+        str(path), "x", "F32", torch.float32, (3,), begin=0, num_bytes=12, file_bytes=10
+    )
     with pytest.raises(AnchorError, match="truncated while tensor 'x' was read"):
         reader.read_piece(tensor, FlatRange(0), numel=3)
 
@@ -401,7 +403,7 @@ def test_absent_path(tmp_path):
     assert "no such file or directory; wanted the path of a safetensors checkpoint" in first_problem(
         tmp_path / "no"
     )
-    assert "cannot be read: No such file" in first_problem(tmp_path / "no.index.json")
+    assert "no such file" in first_problem(tmp_path / "no.index.json")
 
 
 def test_directory_without_weights(tmp_path):
