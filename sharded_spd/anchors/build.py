@@ -161,8 +161,6 @@ def verify(source: str, *, sampled: bool = False, progress: Progress | None = No
         AnchorError: there is nothing to compare: no such path, no manifest, or a damaged one.
     """
     checkpoint = Checkpoint(source)
-    if not checkpoint.root.exists():
-        raise AnchorError(f"{source}: no such file or directory")
     manifest = checkpoint.manifest()
     if manifest is None:
         raise AnchorError(

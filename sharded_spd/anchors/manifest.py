@@ -131,13 +131,23 @@ def write_manifest(manifest: Manifest) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+            file.write(_dump(content))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    """JSON with one line per file and per tensor."""
+    parts = []
+    for key, value in content.items():
+        entries = value.items() if isinstance(value, dict) else ()
+        lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries]
+        text = "{\n" + ",\n".join(lines) + "\n }" if lines else json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -65,11 +65,11 @@ def build(
         manifest = built.manifest
         if built.lossy:
             worst = max(built.lossy, key=lambda key: built.lossy[key])
-            warnings.warn(
-                f"{dtype.value} changed the values of {len(built.lossy)} tensor(s) "
+            print(
+                f"warning: {dtype.value} changed the values of {len(built.lossy)} tensor(s) "
                 f"({some(built.lossy, 3)}), most in {worst}: by up to {built.lossy[worst]:.2g} of a value "
                 "(inf: out of range)",
-                stacklevel=1,
+                file=sys.stderr,
             )
     print(f"wrote {manifest.path}")
     _show(manifest, "yes")
@@ -123,6 +123,7 @@ def _show(manifest: Manifest, there: str) -> None:
 def _progress(what: str) -> Iterator[Report]:
     """A line on the terminal of how much is done; nothing where the output is no terminal."""
     columns = (TextColumn(what), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task(what, total=None)
         yield lambda num_bytes: shown.advance(task, num_bytes)
