@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,64 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sharded_spd import AdamSPD, SPDConfig, attach
-from sharded_spd.anchors import FileAnchor, blocks
+from sharded_spd import SPDConfig, attach
+from sharded_spd.anchors import blocks
 from sharded_spd.anchors.build import add_manifest, verify
 from sharded_spd.anchors.fingerprint import combine, slice_fingerprint
 from sharded_spd.anchors.manifest import MANIFEST, read_manifest
-from sharded_spd.anchors.reader import read_header
 from sharded_spd.config import AnchorConfig, LayerConfig
 from sharded_spd.errors import AnchorError
 from sharded_spd.layout import FlatRange, ShardSlice
-from tests.support.local import LAMBDA, LR, give, gradients
-from tests.support.models import Probe
-
-NAME = "model.safetensors"
-
-
-def tensors() -> dict[str, torch.Tensor]:
-    """Two of one shape, one of more than the sampled blocks; beside them what no layer is anchored at."""
-    torch.manual_seed(3)
-    return {
-        "a": torch.randn(24, 16),
-        "b": torch.randn(24, 16),
-        "big": torch.randn(200, 200),
-        "half": torch.randn(9).bfloat16(),
-        "double": torch.randn(5, dtype=torch.float64),
-    }
-
-
-BESIDE = {"ids": torch.arange(600), "mask": torch.ones(3, dtype=torch.bool), "empty": torch.zeros(0, 4)}
+from tests.support.anchors import BESIDE, NAME, bind_to, flip, make_anchor, make_model, rewrite, tensors
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "anchor"
-    path.mkdir()
-    save_file({**tensors(), **BESIDE}, path / NAME)
-    add_manifest(str(path))
-    return path
-
-
-def model(start: dict[str, torch.Tensor] | None = None) -> Probe:
-    return Probe(tensors() if start is None else start)
-
-
-def bind(folder: Path | str, start: dict[str, torch.Tensor] | None = None, **anchor: str):
-    probe = model(start)
-    config = SPDConfig(weight_decay=LAMBDA, anchor=AnchorConfig(source=str(folder), **anchor))
-    return attach(torch.optim.Adam(probe.parameters(), lr=LR), probe, config)
-
-
-def flip(path: Path, key: str, byte: int) -> None:
-    """Change one bit of a tensor's byte."""
-    content = bytearray(path.read_bytes())
-    content[read_header(str(path))[key].begin + byte] ^= 1
-    path.write_bytes(content)
-
-
-def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    save_file(change(load_file(path)), path)
+    return make_anchor(tmp_path / "anchor")
 
 
 # --- what it holds ---
@@ -93,7 +47,7 @@ def test_it_holds_what_binding_computes(folder: Path) -> None:
 
 def test_the_fingerprint_of_a_file_of_just_the_layers_is_the_projectors(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / NAME)
-    assert add_manifest(str(tmp_path)).fingerprint == bind(tmp_path).fingerprint
+    assert add_manifest(str(tmp_path)).fingerprint == bind_to(tmp_path).fingerprint
 
 
 def test_the_last_bits_of_float64_count_and_lossless_copies_do_not() -> None:
@@ -125,7 +79,7 @@ def test_sampled_blocks_are_the_first_the_last_and_some_between() -> None:
 
 
 def test_untouched_files_bind_and_verify(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
-    projector = bind(folder)
+    projector = bind_to(folder)
     assert projector.bound
     assert (verify(str(folder)), verify(str(folder / NAME), sampled=True)) == ([], [])
     assert not [w for w in recwarn if "anchor" in str(w.message)]
@@ -140,7 +94,7 @@ def test_every_byte_counts(folder: Path, key: str) -> None:
         (folder / NAME).write_bytes(pristine)
         flip(folder / NAME, key, byte)
         with pytest.raises(AnchorError, match=rf"\b{key}\b"):
-            bind(folder)
+            bind_to(folder)
         found = verify(str(folder))
         assert len(found) == 1
         assert f"({key})" in found[0]
@@ -153,12 +107,12 @@ def test_a_byte_between_the_samples_is_found_by_all_but_the_samples(folder: Path
     assert verify(str(folder), sampled=True) == []
     assert len(verify(str(folder))) == 1
     with pytest.raises(AnchorError, match=r"1 layer.*manifest.*: big\)"):
-        bind(folder)
+        bind_to(folder)
 
 
 def test_a_byte_of_what_no_layer_needs_is_left_to_verify(folder: Path) -> None:
     flip(folder / NAME, "ids", 5)
-    assert bind(folder).bound
+    assert bind_to(folder).bound
     assert "(ids)" in verify(str(folder))[0]
 
 
@@ -167,13 +121,13 @@ def test_swapped_tensors(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPat
     """Names swapped between tensors of one shape: both are named, and verify says whose values they are."""
     rewrite(folder / NAME, lambda t: {**t, "a": t["b"], "b": t["a"]})
     with pytest.raises(AnchorError, match=r"(?s)\ba:.*\bb:"):
-        bind(folder, dtype=dtype)
+        bind_to(folder, dtype=dtype)
     found = "\n".join(verify(str(folder)))
     assert "those of 'b'" in found
     assert "those of 'a'" in found
     monkeypatch.setattr("sharded_spd.anchors.manifest.hash_blocks", lambda t: _blocks(folder, t.name))
     with pytest.raises(AnchorError, match=r"2 layer.*: a, b\)"):
-        bind(folder, dtype=dtype)
+        bind_to(folder, dtype=dtype)
 
 
 def _blocks(folder: Path, name: str) -> tuple[str, ...]:
@@ -186,13 +140,13 @@ def test_a_byte_changed_below_a_lossy_dtype_is_found(folder: Path) -> None:
     hidden = next(i for i in range(0, 160_000, 4) if not any(begin <= i < end for begin, end in spans))
     flip(folder / NAME, "big", hidden)
     with pytest.raises(AnchorError, match=r"1 layer.*manifest.*: big\)"):
-        bind(folder, dtype="bfloat16")
+        bind_to(folder, dtype="bfloat16")
 
 
 def test_a_fine_tuned_file_in_place_of_the_pre_trained_one(folder: Path) -> None:
     rewrite(folder / NAME, lambda t: {**t, "big": t["big"] + 1e-3})
     with pytest.raises(AnchorError, match=r"big: .*model\.safetensors \(big\): has other values"):
-        bind(folder)
+        bind_to(folder)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +154,14 @@ def test_a_fine_tuned_file_in_place_of_the_pre_trained_one(folder: Path) -> None
     [
         (lambda t: {**t, "a": t["a"].double()}, r"bytes long, \d+ by"),
         (lambda t: {**t, "a": t["a"].reshape(16, 24)}, r"F32 \[16, 24\], F32 \[24, 16\] by"),
-        (lambda t: {**t, "half": t["half"].half()}, r"\(half\): is F16 \[9\], BF16 \[9\] by"),
+        (lambda t: {**t, "narrow": t["narrow"].half()}, r"\(narrow\): is F16 \[9\], BF16 \[9\] by"),
     ],
 )
 def test_another_shape_dtype_or_size(folder: Path, change, message: str) -> None:
     start = {k: v for k, v in change({**tensors(), **BESIDE}).items() if k in tensors()}
     rewrite(folder / NAME, change)
     with pytest.raises(AnchorError, match=message):
-        bind(folder, start)
+        bind_to(folder, start)
     assert verify(str(folder))
 
 
@@ -237,12 +191,12 @@ def test_a_missing_or_cut_file(folder: Path) -> None:
 
 def test_a_manifest_of_other_files_says_nothing_of_a_file_that_is_named(folder: Path) -> None:
     save_file(tensors(), folder / "other.safetensors")
-    assert bind(folder / "other.safetensors").bound
+    assert bind_to(folder / "other.safetensors").bound
     with pytest.raises(AnchorError, match=r"other\.safetensors both hold"):
-        bind(folder)
+        bind_to(folder)
     (folder / NAME).unlink()
     with pytest.raises(AnchorError, match=r"other\.safetensors: is not among the files .*needed for a, b"):
-        bind(folder)
+        bind_to(folder)
 
 
 # --- the manifest itself ---
@@ -284,44 +238,44 @@ def test_a_damaged_manifest(folder: Path, edit, message: str) -> None:
     with pytest.raises(AnchorError, match=message):
         read_manifest(path)
     with pytest.raises(AnchorError, match=message):
-        bind(folder)
+        bind_to(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 1, "format": 1}', "\xff"])
 def test_a_manifest_that_is_no_json_object(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_bytes(text.encode("latin1"))
     with pytest.raises(AnchorError, match="not a valid manifest"):
-        bind(folder)
+        bind_to(folder)
 
 
 # --- anchor.fingerprint ---
 
 
 def test_the_expected_fingerprint_may_be_the_layers_or_that_of_all_in_the_files(folder: Path) -> None:
-    own, whole = bind(folder).fingerprint, read_manifest(folder / MANIFEST).fingerprint
+    own, whole = bind_to(folder).fingerprint, read_manifest(folder / MANIFEST).fingerprint
     assert own != whole  # the files hold a tensor more
-    assert bind(folder, fingerprint=own.upper()).bound
-    assert bind(folder, fingerprint=whole).bound
+    assert bind_to(folder, fingerprint=own.upper()).bound
+    assert bind_to(folder, fingerprint=whole).bound
     with pytest.raises(AnchorError, match=f"wanted fingerprint {'0' * 32}, got {own}.*says {whole}"):
-        bind(folder, fingerprint="0" * 32)
+        bind_to(folder, fingerprint="0" * 32)
     (folder / MANIFEST).unlink()
-    assert bind(folder, fingerprint=own).bound
+    assert bind_to(folder, fingerprint=own).bound
     with pytest.raises(AnchorError, match=f"wanted fingerprint {whole}, got {own}"):
-        bind(folder, fingerprint=whole)
+        bind_to(folder, fingerprint=whole)
 
 
 def test_the_expected_fingerprint_names_what_differs_from_the_manifest(folder: Path) -> None:
     whole = read_manifest(folder / MANIFEST).fingerprint
     flip(folder / NAME, "b", 2)
     with pytest.raises(AnchorError, match=r"\bb\b"):
-        bind(folder, fingerprint=whole)
+        bind_to(folder, fingerprint=whole)
 
 
 def test_the_expected_fingerprint_of_a_snapshot(folder: Path) -> None:
-    own = bind(folder).fingerprint
-    assert bind("snapshot", fingerprint=own).bound
+    own = bind_to(folder).fingerprint
+    assert bind_to("snapshot", fingerprint=own).bound
     with pytest.raises(AnchorError, match="anchor snapshot: wanted"):
-        bind("snapshot", {**tensors(), "a": tensors()["a"] + 1}, fingerprint=own)
+        bind_to("snapshot", {**tensors(), "a": tensors()["a"] + 1}, fingerprint=own)
 
 
 def test_layers_with_another_anchor_do_not_count(folder: Path) -> None:
@@ -329,22 +283,22 @@ def test_layers_with_another_anchor_do_not_count(folder: Path) -> None:
         {
             name: e.fingerprint
             for name, e in read_manifest(folder / MANIFEST).tensors.items()
-            if name in tensors() and name != "half"
+            if name in tensors() and name != "narrow"
         }
     )
-    probe = model()
+    probe = make_model()
     config = SPDConfig(
         anchor=AnchorConfig(source=str(folder / NAME), fingerprint=kept),
-        layers=(LayerConfig(pattern="half", anchor="zero"),),
+        layers=(LayerConfig(pattern="narrow", anchor="zero"),),
     )
     assert attach(torch.optim.Adam(probe.parameters()), probe, config).bound
 
 
 def test_binding_again_does_not_ask_again(folder: Path) -> None:
     """A group that came later is none of those that the fingerprint was of."""
-    probe = model()
+    probe = make_model()
     params = dict(probe.named_parameters())
-    late = params.pop("half")
+    late = params.pop("narrow")
     manifest = read_manifest(folder / MANIFEST)
     own = combine({name: manifest.tensors[name].fingerprint for name in params})
     (folder / MANIFEST).unlink()
@@ -353,137 +307,3 @@ def test_binding_again_does_not_ask_again(folder: Path) -> None:
     projector = attach(optimizer, probe, config)
     optimizer.add_param_group({"params": [late]})
     projector.bind()
-
-
-# --- warnings ---
-
-
-def _said(projector, optimizer, probe, about: str, steps: int = 2) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for given in gradients(steps, tensors()):
-            give(dict(probe.named_parameters()), given)
-            optimizer.step()
-    return [str(w.message) for w in caught if about in str(w.message)]
-
-
-AWAY = "does not start at its anchor"
-
-
-def _started(folder: Path, start: dict[str, torch.Tensor], form: str, base=torch.optim.Adam):
-    probe = model(start)
-    if form == "adam_spd":
-        optimizer = AdamSPD(probe.named_parameters(), lr=LR, weight_decay=LAMBDA, anchor=str(folder))
-        return optimizer.projector, optimizer, probe
-    optimizer = base(probe.parameters(), lr=LR)
-    return attach(optimizer, probe, SPDConfig(anchor=str(folder))), optimizer, probe
-
-
-@pytest.mark.parametrize("form", ["adam_spd", "attached"])
-def test_a_model_that_does_not_start_at_its_anchor_is_warned_about_once(folder: Path, form: str) -> None:
-    moved = {**tensors(), "b": tensors()["b"] + 0.1}
-    (said,) = _said(*_started(folder, moved, form), AWAY)
-    assert "1 layer(s)" in said
-    assert "(b)" in said
-    assert _said(*_started(folder, tensors(), form), AWAY) == []
-
-
-def test_rounded_copies_of_the_anchor_start_at_it(folder: Path) -> None:
-    assert _said(*_started(folder, {k: t.bfloat16() for k, t in tensors().items()}, "attached"), AWAY) == []
-
-
-def test_a_resumed_run_is_not_warned_about(folder: Path) -> None:
-    """The base's state, or for a base without one the projector's, says that the weights have moved."""
-    moved = {**tensors(), "b": tensors()["b"] + 0.1}
-    first = _started(folder, tensors(), "attached")
-    assert _said(*first, AWAY) == []
-    again = _started(folder, moved, "attached")
-    again[1].load_state_dict(first[1].state_dict())
-    assert _said(*again, AWAY) == []
-    plain = _started(folder, moved, "attached", torch.optim.SGD)
-    plain[0].load_state_dict(first[0].state_dict())
-    assert _said(*plain, AWAY) == []
-    assert len(_said(*_started(folder, moved, "attached", torch.optim.SGD), AWAY)) == 1
-
-
-def test_binding_again_before_the_first_step_keeps_the_warning(folder: Path) -> None:
-    started = _started(folder, {**tensors(), "b": tensors()["b"] + 0.1}, "attached")
-    started[0].bind()
-    assert len(_said(*started, AWAY)) == 1
-
-
-@pytest.mark.parametrize("source", ["file", "snapshot"])
-def test_a_lossy_dtype_is_warned_about(folder: Path, source: str) -> None:
-    with pytest.warns(UserWarning, match=r"dtype changed the values of 4 layer.*0\.003") as caught:
-        bind(folder if source == "file" else "snapshot", dtype="bfloat16")
-    assert sum("dtype" in str(w.message) for w in caught) == 1
-
-
-def test_a_dtype_that_changes_no_value_is_not_warned_about(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    exact = {name: t.bfloat16().to(t.dtype) for name, t in tensors().items()}
-    save_file(exact, tmp_path / NAME)
-    bind(tmp_path, exact, dtype="bfloat16")
-    bind(tmp_path, exact, dtype="float32")
-    assert not [w for w in recwarn if "dtype" in str(w.message)]
-
-
-def test_values_out_of_range(tmp_path: Path) -> None:
-    start = {"w": torch.tensor([1.0, 1e6])}
-    save_file(start, tmp_path / NAME)
-    with pytest.warns(UserWarning, match=r"up to inf"):
-        bind(tmp_path, start, dtype="float16")
-
-
-# --- names of the hub ---
-
-
-@pytest.fixture
-def hub(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    constants = pytest.importorskip("huggingface_hub").constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    repo = tmp_path / "hub" / "models--org--name"
-    (repo / "refs").mkdir(parents=True)
-    for revision in ("main", "v2"):
-        (repo / "refs" / revision).write_text(f"hash-{revision}")
-        shutil.copytree(folder, repo / "snapshots" / f"hash-{revision}")
-    rewrite(repo / "snapshots" / "hash-v2" / NAME, lambda t: {**t, "a": t["a"] + 1})
-    (repo / "snapshots" / "hash-v2" / MANIFEST).unlink()
-    return repo
-
-
-def test_a_name_is_looked_up_in_the_local_cache(hub: Path, folder: Path) -> None:
-    piece = ShardSlice("a", 0, 10, FlatRange(0))
-    shapes = {"a": (24, 16)}
-    want = tensors()["a"].reshape(-1)[:10]
-    for source, shift in (("org/name", 0), ("org/name@hash-main", 0), ("org/name@v2", 1)):
-        store = FileAnchor(source)
-        assert store.problems(shapes) == []
-        assert torch.equal(store.fetch(piece), want + shift)
-        assert store.source == source
-    assert verify("org/name") == []
-
-
-def test_a_name_that_is_nowhere(hub: Path) -> None:
-    for source, command in (
-        ("org/other", "hf download org/other"),
-        ("org/name@v3", "hf download org/name --revision v3"),
-    ):
-        (problem,) = FileAnchor(source).problems({"a": (1,)})
-        assert "no such file or directory, nor in the local cache" in problem
-        assert problem.endswith(command)
-
-
-def test_a_path_comes_before_a_name(hub: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(hub.parent)
-    (hub.parent / "org").mkdir()
-    shutil.copytree(hub / "snapshots" / "hash-v2", hub.parent / "org" / "name")
-    got = FileAnchor("org/name").fetch(ShardSlice("a", 0, 1, FlatRange(0)))
-    assert float(got) == float(tensors()["a"][0, 0] + 1)
-
-
-def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    (problem,) = FileAnchor("org/name").problems({"a": (1,)})
-    assert "pip install huggingface_hub" in problem
