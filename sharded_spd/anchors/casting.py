@@ -14,7 +14,7 @@ from sharded_spd.anchors.fingerprint import SEEDS, slice_fingerprint
 from sharded_spd.anchors.reader import StoredTensor, read_piece
 from sharded_spd.layout import Box, FlatRange, ShardSlice
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _LOSSLESS = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
 
 
@@ -31,8 +31,8 @@ def worst_change(before: Tensor, after: Tensor) -> float:
         old = before[begin : begin + _CHUNK].double()
         new = after[begin : begin + _CHUNK].to(old.device).double()
         moved = (new - old).abs() / old.abs()
-        # Not a number: 0 from 0, or what was not finite before.
-        worst = torch.maximum(worst, torch.where((new == old) | moved.isnan(), 0.0, moved).max())
+        # Not a number: 0 from 0, or infinite before and after.
+        worst = torch.maximum(worst, torch.where(moved.isnan(), 0.0, moved).max())
     return float(worst)
 
 

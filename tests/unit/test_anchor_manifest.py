@@ -199,6 +199,14 @@ def test_a_manifest_of_other_files_says_nothing_of_a_file_that_is_named(folder: 
         bind_to(folder)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_binding_again_finds_nothing_new(folder: Path, dtype: str) -> None:
+    projector = bind_to(folder, dtype=dtype)
+    before = projector.fingerprint
+    projector.bind()
+    assert projector.fingerprint == before
+
+
 # --- the manifest itself ---
 
 

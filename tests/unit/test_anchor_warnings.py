@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sharded_spd import AdamSPD, SPDConfig, attach
+from sharded_spd.anchors.casting import worst_change
 from tests.support.anchors import NAME, bind_to, make_anchor, make_model, tensors
 from tests.support.local import LAMBDA, LR, give
 
@@ -95,3 +96,16 @@ def test_values_out_of_range(tmp_path: Path) -> None:
     save_file(start, tmp_path / NAME)
     with pytest.warns(UserWarning, match=r"up to inf"):
         bind_to(tmp_path, start, dtype="float16")
+
+
+def test_the_worst_change_of_values() -> None:
+    """Zeros and what is not finite count only where they change, in every chunk."""
+    nan, inf = float("nan"), float("inf")
+    kept = torch.tensor([0.0, 1.0, inf, -inf, nan])
+    assert worst_change(kept, kept.clone()) == 0.0
+    assert worst_change(torch.tensor([0.0, 4.0, inf]), torch.tensor([0.0, 3.0, inf])) == 0.25
+    assert worst_change(torch.tensor([1.0, 1e6]), torch.tensor([1.0, inf])) == inf
+    many = torch.ones(600_000)
+    changed = many.clone()
+    changed[-1] = 1.5
+    assert worst_change(many, changed) == 0.5
