@@ -42,13 +42,12 @@ def check_pinned(binding: Binding) -> None:
     Raises:
         AnchorError: where they differ.
     """
-    overall: dict[str, str | None] = {}
-    for fqn in binding.fingerprints:
-        store = binding.options[fqn].anchor
-        if isinstance(store, VouchedStore) and store.source not in overall:
-            overall[store.source] = store.expected_overall()
     for (source, wanted), layers in binding.found.pinned.items():
-        own, whole = combine(layers), overall.get(source)
+        here = [fqn for fqn in layers if fqn in binding.fingerprints]
+        if not here:
+            continue  # other ranks' alone: they have the manifest, and tell
+        store, own = binding.options[here[0]].anchor, combine(layers)
+        whole = store.expected_overall() if isinstance(store, VouchedStore) else None
         if wanted not in (own, whole):
             manifest = f"; the manifest there says {whole} of all its tensors" if whole else ""
             raise AnchorError(

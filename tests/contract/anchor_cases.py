@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sharded_spd import SPDConfig, attach
 from sharded_spd.anchors.blocks import block_spans
 from sharded_spd.anchors.build import add_manifest
 from sharded_spd.anchors.manifest import MANIFEST, Manifest
 from sharded_spd.anchors.reader import read_header
-from sharded_spd.config import AnchorConfig
+from sharded_spd.config import AnchorConfig, LayerConfig
 from sharded_spd.errors import AnchorError
+from sharded_spd.projector import Projector
 from tests.parity.cases import SPD, gradients, tensors
 from tests.support.engines import Engine
+from tests.support.models import Probe
 from tests.support.refusals import refused
 from tests.support.training import Form, Training
 
@@ -87,6 +90,23 @@ def expected_fingerprint(engine: Engine) -> None:
         Path(manifest.path).unlink()
     refused(engine, lambda: bound(wrong), (AnchorError,), f"wanted fingerprint {wrong}", manifest.fingerprint)
     training.step(gradients(start, 1)[0])
+
+
+def expected_fingerprint_of_a_layer_of_one_rank(engine: Engine) -> None:
+    """Where ranks step layers of their own, those that lack the layer cannot judge, and yet raise."""
+    start = tensors(SHAPES)
+    folder, manifest = _node(engine, start)
+
+    def bound(fingerprint: str) -> Projector:
+        model = engine.wrap(Probe(start))
+        groups = [{"params": [p], "lr": 0.01} for p in engine.named(model).values()]
+        optimizer, model = engine.optimizer(model, torch.optim.Adam, groups)
+        anchor = AnchorConfig(source=str(folder), fingerprint=fingerprint)
+        layers = (LayerConfig(pattern=r"last\.weight", anchor=anchor),)
+        return attach(optimizer, model, SPDConfig(layers=layers))
+
+    assert bound(manifest.fingerprint).bound
+    refused(engine, lambda: bound("0" * 32), (AnchorError,), "wanted fingerprint 0000", r"last\.weight")
 
 
 def not_at_its_anchor(engine: Engine, *, form: Form) -> None:

@@ -74,6 +74,7 @@ def _all() -> Iterator[Task]:
     for function in (anchor_cases.swapped_tensors, anchor_cases.not_at_its_anchor):
         yield from _tasks(pairs, function, FORMS)
     yield from _tasks(pairs, anchor_cases.expected_fingerprint)
+    yield from _tasks((("zero_redundancy", 2),), anchor_cases.expected_fingerprint_of_a_layer_of_one_rank)
     for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         yield from _tasks(
             (("single", 1), *SHARDED), precision_cases.ratio_of_a_large_layer, dtype=dtype, lr=lr

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sharded_spd import SPDConfig, attach
+from sharded_spd.anchors import AnchorStore
 from sharded_spd.anchors.build import add_manifest
 from sharded_spd.anchors.reader import read_header
 from sharded_spd.config import AnchorConfig
@@ -47,10 +48,12 @@ def make_model(start: dict[str, torch.Tensor] | None = None) -> Probe:
     return Probe(tensors() if start is None else start)
 
 
-def bind_to(folder: Path | str, start: dict[str, torch.Tensor] | None = None, **anchor: str) -> Projector:
+def bind_to(
+    folder: Path | str | AnchorStore, start: dict[str, torch.Tensor] | None = None, **anchor: str
+) -> Projector:
     """Attach to Adam over a fresh model, anchored at `folder`."""
     probe = make_model(start)
-    config = SPDConfig(weight_decay=LAMBDA, anchor=AnchorConfig(source=str(folder), **anchor))
+    config = SPDConfig(weight_decay=LAMBDA, anchor=AnchorConfig(source=folder, **anchor))
     return attach(torch.optim.Adam(probe.parameters(), lr=LR), probe, config)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sharded_spd import SPDConfig, attach
-from sharded_spd.anchors import blocks
+from sharded_spd.anchors import TensorAnchor, blocks
 from sharded_spd.anchors.build import add_manifest, verify
 from sharded_spd.anchors.fingerprint import combine, slice_fingerprint
 from sharded_spd.anchors.manifest import MANIFEST, read_manifest
@@ -284,6 +284,13 @@ def test_the_expected_fingerprint_of_a_snapshot(folder: Path) -> None:
     assert bind_to("snapshot", fingerprint=own).bound
     with pytest.raises(AnchorError, match="anchor snapshot: wanted"):
         bind_to("snapshot", {**tensors(), "a": tensors()["a"] + 1}, fingerprint=own)
+
+
+def test_the_expected_fingerprint_of_given_tensors(folder: Path) -> None:
+    own = bind_to(folder).fingerprint
+    assert bind_to(TensorAnchor(tensors()), fingerprint=own).bound
+    with pytest.raises(AnchorError, match="anchor tensors: wanted"):
+        bind_to(TensorAnchor({**tensors(), "a": torch.zeros(24, 16)}), fingerprint=own)
 
 
 def test_layers_with_another_anchor_do_not_count(folder: Path) -> None:
