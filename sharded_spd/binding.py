@@ -13,12 +13,13 @@ from torch import Tensor
 
 from sharded_spd.agree import agree, union
 from sharded_spd.anchors.base import AnchorStore, Values, is_on_disk
+from sharded_spd.anchors.casting import cast_of, is_away
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
 from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.anchors.memory import TensorAnchor, take_region
 from sharded_spd.errors import AnchorError
-from sharded_spd.guard import Unverified
+from sharded_spd.guard import Found, Unverified
 from sharded_spd.layout import BoundShard, ShardLayout, ShardSlice
 from sharded_spd.rules import Rule
 from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
@@ -30,6 +31,7 @@ class LayerSettings:
 
     `weight_decay` and `max_pull` None: read from the live param group. `anchor_dtype` is for snapshots (None:
     the weight's own); `anchor_on_cpu` keeps the anchor in host memory, pinned where there is a GPU.
+    `fingerprint` is the one that all layers with this anchor and this setting ought to have together.
     """
 
     rule: Rule
@@ -38,6 +40,7 @@ class LayerSettings:
     max_pull: float | None = None
     anchor_dtype: torch.dtype | None = None
     anchor_on_cpu: bool = False
+    fingerprint: str | None = None
 
 
 Resolver = Callable[[ShardLayout, Mapping[str, Mapping[str, Any]], bool], Mapping[str, LayerSettings]]
@@ -70,6 +73,7 @@ class Binding:
     norms: dict[str, float] = field(default_factory=dict)
     fingerprints: dict[str, tuple[int, ...]] = field(default_factory=dict)
     elsewhere: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    found: Found = field(default_factory=Found)
 
     @property
     def fingerprint(self) -> str:
@@ -219,14 +223,19 @@ def bind(
             values, known = _values(old, options[fqn], piece, weight, shape)
             if values is not None:
                 values = _place(values, shard.tensor, options[fqn])
-            prints = slice_fingerprint(values, piece, shape)
+            prints = slice_fingerprint(values, piece, shape).cpu()
+            cast = cast_of(options[fqn].anchor, fqn, weight, values) if old is None else None
+            stored = prints if cast is None else torch.tensor(cast.fingerprint)
+            lossy = cast is not None and cast.worst > 0
+            result.found.worst = max(result.found.worst, 0.0 if cast is None else cast.worst)
+            away = old is None and is_away(options[fqn].anchor, weight, values)
             held = result.held[fqn] = _hold(values, piece, weight, prints, frozen=not shard.requires_grad)
             exact = options[fqn].anchor_dtype in (None, weight.dtype)
             snapshot = options[fqn].anchor == "snapshot" and exact
             # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
             told = (known or not snapshot) and piece.numel > 0
-            seen = torch.tensor([told, fqn in unchecked, held.pending])
-            totals[fqn] = _Totals(_norm_sq(values), torch.cat([prints.cpu(), seen.long()]))
+            seen = torch.tensor([told, fqn in unchecked, held.pending, old is not None, away, lossy])
+            totals[fqn] = _Totals(_norm_sq(values), torch.cat([prints, stored, seen.long()]))
 
     agree(local, groups)
     _reduce(result, totals)
@@ -282,7 +291,10 @@ def _numbers(prints: Tensor) -> tuple[int, ...]:
 
 
 class _Totals(NamedTuple):
-    """This rank's part of |w0|^2, and of int64 [fingerprints..., known before, unchecked, pending]."""
+    """This rank's part of |w0|^2, and of int64 counts.
+
+    [fingerprints..., fingerprints as stored..., known, unchecked, pending, bound before, away, lossy]
+    """
 
     norm_sq: Tensor
     counts: Tensor
@@ -302,16 +314,31 @@ def _reduce(binding: Binding, totals: Mapping[str, _Totals]) -> None:
     """Sum over the scopes: norms, fingerprints, and what no rank may decide by itself."""
     fqns = [fqn for fqn in binding.layout.fqns if fqn in totals]
     norms = torch.zeros(len(fqns), dtype=torch.float64)
-    counts = torch.zeros(len(fqns), len(SEEDS) + 3, dtype=torch.int64)
+    counts = torch.zeros(len(fqns), 2 * len(SEEDS) + 6, dtype=torch.int64)
     for i, fqn in enumerate(fqns):
         norms[i], counts[i] = totals[fqn]
     for whole in (norms, counts):
         sum_over_scopes_(whole, fqns, binding.layout.scopes)
     binding.norms = dict(zip(fqns, norms.sqrt().tolist(), strict=True))
-    for fqn, (*prints, known, unchecked, pending) in zip(fqns, counts.tolist(), strict=True):
-        binding.fingerprints[fqn] = tuple(prints)
+    found, num = binding.found, len(SEEDS)
+    for fqn, row in zip(fqns, counts.tolist(), strict=True):
+        known, unchecked, pending, before, away, lossy = row[2 * num :]
+        binding.fingerprints[fqn] = tuple(row[:num])
+        if not before:
+            found.stored[fqn] = tuple(row[num : 2 * num])
+        found.away += [fqn] if away else []
+        found.lossy += [fqn] if lossy else []
         if pending:
             binding.unverified.pending.add(fqn)
         elif unchecked or not known:
             binding.unverified.fresh.add(fqn)
-    binding.elsewhere = union(binding.fingerprints, binding.layout.everywhere)
+    # With each fingerprint goes whose it is, for of the layers of other ranks nothing else is known here.
+    theirs = {}
+    for fqn in fqns:
+        own = binding.options[fqn]
+        source = own.anchor if isinstance(own.anchor, str) else own.anchor.source
+        theirs[fqn] = (binding.fingerprints[fqn], source, own.fingerprint)
+    for fqn, (prints, source, wanted) in union(theirs, binding.layout.everywhere).items():
+        binding.elsewhere[fqn] = prints
+        if wanted is not None:
+            found.pinned.setdefault((source, wanted), {})[fqn] = prints

@@ -30,11 +30,14 @@ class AnchorConfig:
     `source`: "snapshot" (the weights at binding), "deferred" (bound later by `bind()`), "zero", the path of
     a safetensors checkpoint (relative to the working directory), or an `AnchorStore`. `dtype` "auto" keeps
     the stored dtype. `device` "cpu" keeps the anchor in host memory, "disk" leaves it in its files.
+    `fingerprint` is the one that the anchor ought to have: of the layers that it is for, or, where a manifest
+    lies beside its files, of all in them.
     """
 
     source: str | AnchorStore = "snapshot"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "disk"] = "auto"
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, os.PathLike):
@@ -46,6 +49,8 @@ class AnchorConfig:
         _check_choice("device", self.device, ("auto", "cpu", "disk"))
         if self.device == "disk":
             _check_on_disk(self.source)
+        if self.fingerprint is not None:
+            object.__setattr__(self, "fingerprint", _fingerprint(self.fingerprint, self.source))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,6 +262,16 @@ def _pull_limit(value: object) -> float | None:
     if number <= 0:
         raise ConfigError(_mismatch("max_pull", wanted, value))
     return number
+
+
+def _fingerprint(value: object, source: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-fA-F]{32}", value):
+        # A number made of digits alone, or with one e, is no string to YAML.
+        wanted = "32 hexadecimal digits in quotes, as sharded-spd anchor info prints them"
+        raise ConfigError(_mismatch("fingerprint", wanted, value))
+    if source == "zero":
+        raise ConfigError("fingerprint: source zero has no values to compare; leave it out")
+    return value.lower()
 
 
 def _options(name: str, value: object) -> dict[str, Any]:

@@ -7,9 +7,8 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,23 @@ GUARD_STATISTICS = (
     Statistic("guard_grad_dot_delta", lambda b: b.grad * b.delta),
 )
 """What is summed for the rows `DELTA` and `DOT`."""
+
+
+@dataclass(slots=True)
+class Found:
+    """What the layers that were bound for the first time showed, the same on all ranks but for `worst`.
+
+    `stored`: their fingerprints before a change of dtype. `away`: those that a checkpoint anchors elsewhere
+    than at their weights. `lossy`: those whose values a change of dtype changed, on this rank by `worst` at
+    most. `pinned`: the layers' fingerprints, also of other ranks', by anchor and the fingerprint it ought to
+    have.
+    """
+
+    stored: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    away: list[str] = field(default_factory=list)
+    lossy: list[str] = field(default_factory=list)
+    worst: float = 0.0
+    pinned: dict[tuple[str, str], dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -85,18 +101,3 @@ class Unverified:
             if any(flags[fqn][2] for fqn in members if fqn in self.fresh):
                 self.fresh -= set(members)
         self.pending -= {fqn for fqn in fqns if flags[fqn][3]}
-
-
-def check_fingerprint(state_dict: Mapping[str, Any], own: str) -> None:
-    """Whether a projector's saved state is of a run with the same anchors.
-
-    Raises:
-        AnchorError: it names another fingerprint.
-    """
-    saved = state_dict.get("fingerprint", "")
-    if saved and saved != own:
-        raise AnchorError(
-            f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another "
-            "pre-trained model, or weights loaded before the anchor was taken; bind the checkpoint's "
-            "anchor, then load"
-        )

@@ -13,14 +13,13 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sharded_spd import warn
+from sharded_spd import vouch, warn
 from sharded_spd.agree import agree, check_same_layers, union
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind, flat
 from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
-from sharded_spd.guard import check_fingerprint
 from sharded_spd.layout import BoundShard, ShardLayout
 from sharded_spd.monitor import Monitor, measure_deviation
 from sharded_spd.plan import Plan, Reduction, reduce_together_
@@ -155,7 +154,7 @@ class Projector:
         held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)
-        agree(lambda: self._check_unchanged(binding, renamed), groups)
+        agree(lambda: self._vouch(binding, renamed), groups)
         plans, self._binding, self._plans = list(self._plans.values()), binding, {}
         for optimizer in self._adapter.optimizers:
             for call in self._adapter.inner_steps(optimizer):
@@ -167,18 +166,14 @@ class Projector:
             self._loaded, self._seed = {}, {}
             warn.about_binding(binding, shards)
 
-    def _check_unchanged(self, binding: Binding, renamed: Mapping[str, str]) -> None:
+    def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
+        vouch.check_stored(binding)
         if self._binding is None:
-            check_fingerprint(self._loaded, binding.fingerprint)
-            return
-        for fqn, before in self._binding.fingerprints.items():
-            name = renamed.get(fqn, fqn)
-            if binding.fingerprints.get(name, before) != before:
-                raise AnchorError(
-                    f"layer {name!r} was bound to another anchor before (fingerprint {before}, now "
-                    f"{binding.fingerprints[name]}): weights of a frozen layer, or the anchor's file, have "
-                    "changed since; anchor at an unchanged checkpoint's path"
-                )
+            vouch.check_pinned(binding)
+            vouch.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
+        else:
+            vouch.check_unchanged(self._binding, binding, renamed)
+            binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
 
     def _plan(
         self, shards: Sequence[BoundShard], old: Sequence[Plan] = (), renamed: Mapping[str, str] | None = None
@@ -207,7 +202,9 @@ class Projector:
             self._check_unbound(optimizer)
             return
         shards = self._adapter.bind(optimizer, grads=True)
-        self._steps[optimizer] = Step(self._plan(shards), self._binding, optimizer, shards)
+        step = self._steps[optimizer] = Step(self._plan(shards), self._binding, optimizer, shards)
+        if step.moves and self._binding.found.away:
+            warn.about_start(self._binding, shards)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -325,13 +322,14 @@ class Projector:
         if self._binding is None:
             self._loaded = dict(state_dict)
             return
-        check_fingerprint(state_dict, self._binding.fingerprint)
+        vouch.check_saved(state_dict.get("fingerprint", ""), self._binding.fingerprint)
         self._restore(state_dict)
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
         self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
         if state_dict.get("num_steps", 0):
             self._require().unverified.fresh.clear()
+            self._require().found.away.clear()
         restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
 
     def export_anchors(self) -> dict[str, HeldAnchor]:

@@ -142,6 +142,7 @@ class ConfigResolver:
                 max_pull=own.max_pull,
                 anchor_dtype=dtype,
                 anchor_on_cpu=own.anchor.device == "cpu",
+                fingerprint=own.anchor.fingerprint,
             )
         return settings
 

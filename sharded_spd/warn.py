@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sharded_spd.anchors.paths import some
 from sharded_spd.binding import Binding
 from sharded_spd.layout import BoundShard
 
@@ -16,6 +17,23 @@ def about_excess(pull: float) -> None:
     warnings.warn(
         f"a layer was pulled by {pull:.3g} times its deviation: beyond 1 it overshoots its anchor; lower "
         "weight_decay, or set max_pull=1.0",
+        stacklevel=2,
+    )
+
+
+def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
+    """A run that does not begin at its anchor, said at its first step; `shards` are those that step.
+
+    A base optimizer that has state was resumed, and then its weights may well have moved.
+    """
+    away = list(binding.found.away)
+    binding.found.away.clear()
+    if any(shard.has_state for shard in shards):
+        return
+    warnings.warn(
+        f"the model does not start at its anchor: {len(away)} layer(s) have other weights than the anchor's "
+        f"files ({some(away, 3)}): another revision, or a fine-tuned checkpoint, in place of the pre-trained "
+        "one? When resuming, load the optimizer's or the projector's state too",
         stacklevel=2,
     )
 
@@ -38,6 +56,13 @@ def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
     if strengths and not any(strengths):
         warnings.warn(
             "weight_decay (lambda) is 0 for every layer: this is plain Adam (or the plain base optimizer)",
+            stacklevel=2,
+        )
+    if binding.found.lossy:
+        warnings.warn(
+            f"the anchor's dtype changed the values of {len(binding.found.lossy)} layer(s) "
+            f"({some(binding.found.lossy, 3)}), on this rank by up to {binding.found.worst:.2g} of a "
+            "value (inf: out of range); dtype: auto keeps the source's",
             stacklevel=2,
         )
     if half:

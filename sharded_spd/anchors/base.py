@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -59,3 +60,32 @@ class AnchorStore(Protocol):
 def is_on_disk(store: AnchorStore | str) -> bool:
     """Whether a store's values are read from files in every step: it has a true `on_disk`."""
     return bool(getattr(store, "on_disk", False))
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """What a change of dtype did to this rank's slice of a layer.
+
+    `fingerprint` is the slice's part of the layer's fingerprint before it; `worst` the largest relative
+    change of a value, 0 where none changed.
+    """
+
+    fingerprint: tuple[int, ...]
+    worst: float
+
+
+@runtime_checkable
+class VouchedStore(AnchorStore, Protocol):
+    """A store of pre-trained values that may know what they ought to be."""
+
+    def expected(self, layer: str) -> tuple[int, ...] | None:
+        """The fingerprint that the layer's stored values ought to have; None where nothing says it."""
+        ...
+
+    def expected_overall(self) -> str | None:
+        """The fingerprint that all that is stored ought to have together; None where nothing says it."""
+        ...
+
+    def cast(self, layer: str) -> Cast | None:
+        """What the last `fetch` of the layer did to its values; None where its dtype is the stored one."""
+        ...

@@ -1,7 +1,8 @@
 """A fingerprint of values that does not depend on how they are split, nor on a lossless dtype.
 
 Per layer and seed: the sum modulo 2^64, over its elements, of mix64(seed, flat index, bits of the value as
-float32). The sums of shards add up to the sum of the whole, so one int64 all-reduce settles all layers.
+float32), and for a float64 that float32 does not hold the same of the bits of the rest. The sums of shards
+add up to the sum of the whole, so one int64 all-reduce settles all layers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sharded_spd.anchors.base import Values
 from sharded_spd.layout import FlatRange, ShardSlice
 
 SEEDS = (0x5350445F616E6368, 0x6F725F7368617264)
+_REST = 1 << 62
 _CHUNK = 1 << 18
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
@@ -61,6 +63,11 @@ def slice_fingerprint(values: Values | None, piece: ShardSlice, shape: tuple[int
         index = _flat_indices(piece, shape, begin, begin + chunk.numel(), chunk.device)
         keyed = _mix64(index) ^ bits
         total += torch.stack([_mix64(keyed + seed).sum() for seed in SEEDS])
+        if chunk.dtype == torch.float64:
+            rest = chunk - chunk.float()
+            held = (rest == 0) | rest.isnan()
+            keyed = _mix64(index + _REST) ^ rest.view(torch.int64)
+            total += torch.stack([_mix64(keyed + seed).masked_fill(held, 0).sum() for seed in SEEDS])
     return total
 
 

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_spd.anchors.base import Cast
+from sharded_spd.anchors.casting import may_lose, worst_change
 from sharded_spd.anchors.files import FileAnchor
+from sharded_spd.anchors.fingerprint import slice_fingerprint
 from sharded_spd.anchors.reader import StoredTensor, check_piece
 from sharded_spd.errors import AnchorError
 from sharded_spd.layout import Box, FlatRange, ShardSlice
@@ -31,7 +34,13 @@ class MappedAnchor(FileAnchor):
     on_disk = True
 
     def _read(self, tensor: StoredTensor, piece: ShardSlice) -> MappedValues:
-        return MappedValues(tensor, piece.region, piece.numel, self._dtype)
+        self._casts.pop(piece.layer, None)
+        values = MappedValues(tensor, piece.region, piece.numel, self._dtype)
+        if tensor.dtype is not None and may_lose(tensor.dtype, self._dtype):
+            stored = MappedValues(tensor, piece.region, piece.numel)
+            prints = slice_fingerprint(stored, piece, tensor.shape)
+            self._casts[piece.layer] = Cast(tuple(prints.tolist()), worst_change(stored, values))
+        return values
 
 
 class MappedValues:

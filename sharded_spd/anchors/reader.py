@@ -24,7 +24,7 @@ _CHUNK_BYTES = 4 << 20
 _READ_THROUGH_BYTES = 64 << 10
 """Rows up to this size are read whole and cropped: one large read costs less than many small ones."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class StoredTensor:
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     begin: int
+    num_bytes: int
     file_bytes: int
 
 
@@ -75,8 +76,10 @@ def read_header(path: str) -> dict[str, StoredTensor]:
                 f"is {size} bytes long; copy or save it again"
             )
         spans.append((begin, end, name))
-        dtype = _FLOATS.get(stored_as)
-        tensors[name] = StoredTensor(path, name, stored_as, dtype, shape, 8 + length + begin, size)
+        dtype = FLOATS.get(stored_as)
+        tensors[name] = StoredTensor(
+            path, name, stored_as, dtype, shape, 8 + length + begin, end - begin, size
+        )
     _check_spans(path, sorted(spans), size - 8 - length)
     return tensors
 
@@ -212,7 +215,7 @@ def _parse_entry(path: str, name: str, entry: Any) -> tuple[str, tuple[int, ...]
     if not isinstance(stored_as, str) or shape is None or span is None or len(span) != 2:
         raise corrupt
     begin, end = span
-    itemsize = _FLOATS[stored_as].itemsize if stored_as in _FLOATS else None
+    itemsize = FLOATS[stored_as].itemsize if stored_as in FLOATS else None
     if begin > end or (itemsize is not None and end - begin != math.prod(shape) * itemsize):
         raise corrupt
     return stored_as, shape, begin, end

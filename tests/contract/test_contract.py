@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract import cases, precision_cases
+from tests.contract import anchor_cases, cases, precision_cases
 from tests.support.launch import Task
 from tests.support.training import FORMS
 
@@ -71,6 +71,13 @@ def _all() -> Iterator[Task]:
     for cell in (("zero_redundancy", 2), ("oss", 2)):
         for function in (cases.file_missing_on_one_rank, cases.file_truncated_on_one_rank):
             yield from _tasks((cell,), function, FORMS)
+    pairs = (("fsdp2", 2), ("fsdp1", 2))
+    for rank in (0, 1):
+        yield from _tasks(pairs, anchor_cases.one_corrupted_byte, FORMS[rank:][:1], manifest_on=rank)
+    for function in (anchor_cases.swapped_tensors, anchor_cases.not_at_its_anchor):
+        yield from _tasks(pairs, function, FORMS)
+    yield from _tasks(pairs, anchor_cases.expected_fingerprint)
+    yield from _tasks((("zero_redundancy", 2),), anchor_cases.expected_fingerprint_of_a_layer_of_one_rank)
     for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         yield from _tasks(
             (("single", 1), *SHARDED), precision_cases.ratio_of_a_large_layer, dtype=dtype, lr=lr

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from sharded_spd.anchors import FileAnchor, MappedValues
 from sharded_spd.anchors.base import is_on_disk
+from sharded_spd.anchors.build import add_manifest
 from sharded_spd.config import AnchorConfig, SPDConfig
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor, names_in_checkpoint
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, NamedBlock, TrainConfig
@@ -144,6 +145,19 @@ def test_stored_names_follow_what_transformers_renames(tmp_path: Path) -> None:
     piece = store.fetch(ShardSlice(fqn, 0, 16, FlatRange(32)))
     assert torch.equal(piece, parameters[fqn].flatten()[32:48])
     assert "9, 9" in store.problems({**shapes, fqn: (9, 9)})[0]
+
+    manifest = add_manifest(str(tmp_path))
+    store = RenamedAnchor(FileAnchor(tmp_path, dtype="bfloat16"), names)
+    assert store.problems(shapes) == []
+    assert {name: store.expected(f) for f, name in names.items()} == {
+        name: entry.fingerprint for name, entry in manifest.tensors.items()
+    }
+    assert store.expected_overall() == manifest.fingerprint
+    store.fetch(ShardSlice(fqn, 0, parameters[fqn].numel(), FlatRange(0)))
+    cast = store.cast(fqn)
+    assert cast is not None
+    assert cast.fingerprint == store.expected(fqn)
+    assert cast.worst > 0
 
 
 def test_cached_checkpoint_changes_with_its_recipe() -> None:

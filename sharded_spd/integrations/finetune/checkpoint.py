@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from sharded_spd.anchors.base import AnchorStore, Values, is_on_disk
+from sharded_spd.anchors.base import AnchorStore, Cast, Values, VouchedStore, is_on_disk
 from sharded_spd.checkpoint.export import Whole, at_hand, write_wholes
 from sharded_spd.errors import AnchorError, ConfigError
 from sharded_spd.layout import ShardSlice
@@ -109,6 +109,20 @@ class RenamedAnchor:
     def fetch(self, piece: ShardSlice) -> Values | None:
         """The values of `piece`, under the name that the file has for its layer."""
         return self.inner.fetch(replace(piece, layer=self.names.get(piece.layer, piece.layer)))
+
+    def expected(self, layer: str) -> tuple[int, ...] | None:
+        """The fingerprint that the layer's stored values ought to have."""
+        inner = self.inner
+        return inner.expected(self.names.get(layer, layer)) if isinstance(inner, VouchedStore) else None
+
+    def expected_overall(self) -> str | None:
+        """The fingerprint that all that is stored ought to have together."""
+        return self.inner.expected_overall() if isinstance(self.inner, VouchedStore) else None
+
+    def cast(self, layer: str) -> Cast | None:
+        """What the last `fetch` of the layer did to its values."""
+        inner = self.inner
+        return inner.cast(self.names.get(layer, layer)) if isinstance(inner, VouchedStore) else None
 
 
 def save_checkpoint(
