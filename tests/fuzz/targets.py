@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from sharded_spd import load_config
 from sharded_spd.anchors import FileAnchor
+from sharded_spd.anchors.build import add_manifest, verify
 from sharded_spd.checkpoint import Checkpoints
 from sharded_spd.errors import AnchorError, BindingError, CheckpointError, ConfigError, UnsupportedError
 from sharded_spd.integrations.finetune.config import load_job
@@ -139,6 +140,24 @@ def index(folder: Path) -> Target:
     return _json_target(file, lambda: _read_anchor(folder))
 
 
+def manifest(folder: Path) -> Target:
+    """The manifest beside an anchor's files, at binding and under the command that verifies it."""
+    save_file(_tensors(), folder / "model.safetensors")
+    add_manifest(str(folder))
+
+    def read() -> None:
+        _read_anchor(folder)
+        store = FileAnchor(folder)
+        store.problems(SHAPES)
+        assert all(store.expected(name) is not None for name in SHAPES)
+        store.expected_overall()
+        problems = verify(str(folder))
+        if problems:
+            raise AnchorError(problems[0])
+
+    return _json_target(folder / "anchor.json", read)
+
+
 def _checkpoint(folder: Path) -> tuple[Path, Callable[[], object]]:
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -227,5 +246,5 @@ def job(folder: Path) -> Target:
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    made.__name__: made for made in (config, job, header, index, metadata, marker, part)
+    made.__name__: made for made in (config, job, header, index, manifest, metadata, marker, part)
 }
