@@ -175,10 +175,12 @@ def _local(tensor: Any) -> Tensor | None:
 @torch.no_grad()
 def _gather(tensor: Any) -> Tensor:
     if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if not isinstance(tensor, ShardedTensor):
-        whole: Tensor = tensor
+        # What is offloaded is gathered where its ranks can talk.
+        there: Any = tensor.to(tensor.device_mesh.device_type)
+        whole: Tensor = there.full_tensor()
         return whole
+    if not isinstance(tensor, ShardedTensor):
+        return torch.as_tensor(tensor)
     # FSDP1 cuts along the first dim, so that the shards follow one another in the flattened tensor.
     parts: list[Any] = sorted(tensor.metadata().shards_metadata, key=lambda part: part.shard_offsets)
     sizes = {part.placement.rank(): math.prod(part.shard_sizes) for part in parts}

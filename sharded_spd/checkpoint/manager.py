@@ -184,7 +184,7 @@ class Checkpoints:
         if folder is None:
             return None
         live = _live(model, optimizer, projector, scheduler)
-        marker = agree(lambda: check_complete(folder), self._groups)
+        marker = self._shared(lambda: check_complete(folder))
         metadata, values = agree(lambda: read_metadata(folder), self._groups)
         agree(lambda: live.check_anchors(values.get("anchors")), self._groups)
         own, parts = ({}, {}) if deepspeed.is_engine(model) else split(live.state())
