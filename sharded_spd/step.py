@@ -17,7 +17,7 @@ from sharded_spd.errors import AnchorError, ConfigError, UnsupportedError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
-from sharded_spd.plan import Plan, Reduction, RulePart, reduce_together_
+from sharded_spd.plan import Phase, Plan, Reduction, RulePart, reduce_together_
 from sharded_spd.prefetch import ahead
 from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
@@ -51,16 +51,20 @@ class Step:
         self._edited: dict[int, tuple[Stats, dict[str, Tensor]]] = {}
         self._early()
         self._sums = Sums(plan, plan.keys(early=False))
+        self._add("before")
         for item in self._items:
-            wanted = [s for phase, s in item.part.keys(early=False) if phase == "before"]
-            if wanted:
-                self._sums.add("before", item, wanted)
             if item.part.rule.spec.keeps_w:
                 item.kept = flat(item.shard.tensor)[item.cut].clone()
         for p, part in enumerate(plan.parts):
             if part.rule.spec.when == "before":
                 stats = self._edited[p][0] if p in self._edited else self._no_stats(part)
                 self._project(p, part, stats, self._flags)
+
+    def _add(self, phase: Phase) -> None:
+        keys = {p: part.keys(early=False) for p, part in enumerate(self._plan.parts)}
+        own = {id(part): [s for at, s in keys[p] if at == phase] for p, part in enumerate(self._plan.parts)}
+        wanted = [(item, own[id(item.part)]) for item in self._items]
+        self._sums.add_all(phase, [(item, stats) for item, stats in wanted if stats])
 
     @property
     def moves(self) -> bool:
@@ -77,10 +81,7 @@ class Step:
         self._shards = [_as_it_is_now(shard) for shard in self._shards]
         for item in self._items:
             item.shard = self._shards[item.position]
-        for item in self._items:
-            wanted = [s for phase, s in item.part.keys(early=False) if phase == "after"]
-            if wanted:
-                self._sums.add("after", item, wanted)
+        self._add("after")
         return self._sums.reduction(
             self._flags, guard=self._guard, guarded=self._guarded, always=bool(self._on_disk)
         )

@@ -9,11 +9,22 @@ import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
+from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.binding import flat
+from sharded_spd.kernels.cpu import Slice, can_sum, sums
 from sharded_spd.layout import BoundShard, ShardSlice
 from sharded_spd.plan import Key, Phase, Plan, Reduction, RulePart
 from sharded_spd.rules import Stats
-from sharded_spd.stats import CHUNK, Block, RowSpan, Statistic, add_row_sums_, layer_sums
+from sharded_spd.stats import (
+    CHUNK,
+    DELTA_SQ,
+    GRAD_DOT_DELTA,
+    Block,
+    RowSpan,
+    Statistic,
+    add_row_sums_,
+    layer_sums,
+)
 
 
 @dataclass(slots=True)
@@ -59,6 +70,34 @@ class Item:
             )
 
 
+_COMPILED = {GRAD_DOT_DELTA: 0, DELTA_SQ: 1}
+"""The statistics that the compiled kernels form, and where in a row of theirs."""
+
+
+def _as_slice(item: Item, wanted: Sequence[Statistic]) -> Slice | None:
+    """The slice for the compiled kernels; None where the reference path has to do it."""
+    grad = item.shard.grad
+    if any(stat not in _COMPILED for stat in wanted) or (GRAD_DOT_DELTA in wanted and grad is None):
+        return None
+    weight = flat(item.shard.tensor)[item.cut]
+    grad = flat(grad)[item.cut] if grad is not None and GRAD_DOT_DELTA in wanted else None
+    anchor = None if isinstance(item.anchor, MappedValues) else item.anchor
+    if (anchor is not None and not isinstance(anchor, Tensor)) or not can_sum(weight, grad, anchor):
+        return None
+    factor = item.grad_factor.item() if isinstance(item.grad_factor, Tensor) else item.grad_factor
+    return Slice(weight, anchor, grad, factor)
+
+
+def _sums_of_mapped(whole: Slice, anchor: MappedValues) -> Tensor:
+    """The same sums to the last bit, while no more than a chunk of the anchor is in memory."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for begin in range(0, whole.weight.numel(), CHUNK):
+        cut = slice(begin, min(begin + CHUNK, whole.weight.numel()))
+        grad = None if whole.grad is None else whole.grad[cut]
+        total += sums([Slice(whole.weight[cut], anchor[cut], grad, whole.grad_factor)])[0]
+    return total
+
+
 class Sums:
     """The statistics `keys` of a plan, preceded by rows of `flags` `[num_flags, num_layers]`."""
 
@@ -74,8 +113,33 @@ class Sums:
         self.flags = torch.empty(0)
         self._table = torch.empty(0)
 
+    def add_all(self, phase: Phase, wanted: Sequence[tuple[Item, Sequence[Statistic]]]) -> None:
+        """Add the parts of many slices, each with the statistics that are wanted of it."""
+        compiled: list[tuple[Item, Sequence[Statistic]]] = []
+        slices: list[Slice] = []
+        for item, statistics in wanted:
+            own = _as_slice(item, statistics)
+            if own is None:
+                self.add(phase, item, statistics)
+            elif isinstance(item.anchor, MappedValues):
+                self._add_row(phase, item, statistics, _sums_of_mapped(own, item.anchor))
+            else:
+                compiled.append((item, statistics))
+                slices.append(own)
+        if slices:
+            for (item, statistics), row in zip(compiled, sums(slices), strict=True):
+                self._add_row(phase, item, statistics, row)
+
+    def _add_row(self, phase: Phase, item: Item, wanted: Sequence[Statistic], row: Tensor) -> None:
+        for stat in wanted:
+            self._add_cell(((phase, stat), item.column), row[_COMPILED[stat]])
+
+    def _add_cell(self, cell: tuple[Key, int], value: Tensor) -> None:
+        value = value.to(self._plan.device)
+        self._cells[cell] = self._cells[cell] + value if cell in self._cells else value
+
     def add(self, phase: Phase, item: Item, wanted: Sequence[Statistic]) -> None:
-        """Add one slice's part of the statistics `wanted`."""
+        """Add one slice's part of the statistics `wanted`, by the reference path."""
         per_layer = tuple(s for s in wanted if s.per == "layer")
         per_row = [s for s in wanted if s.per == "row"]
 
@@ -89,9 +153,7 @@ class Sums:
                 yield block
 
         for stat, value in zip(per_layer, layer_sums(blocks(), per_layer), strict=True):
-            cell = ((phase, stat), item.column)
-            value = value.to(self._plan.device)
-            self._cells[cell] = self._cells[cell] + value if cell in self._cells else value
+            self._add_cell(((phase, stat), item.column), value)
 
     def reduction(
         self,
