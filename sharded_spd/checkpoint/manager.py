@@ -67,6 +67,9 @@ class Checkpoints:
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise CheckpointError(f"keep_last: got {keep_last}; wanted 1 or more, or None to keep all")
+        if asynchronous and group not in (None, dist.group.WORLD):
+            # torch names a group that a part makes by how many groups each rank has, which may differ.
+            raise UnsupportedError("asynchronous: wanted the group of all ranks, got a part of them")
         self.directory = Path(directory)
         self._keep, self._asynchronous = keep_last, asynchronous
         self._group = dist.group.WORLD if group is None and dist.is_initialized() else group
@@ -125,8 +128,7 @@ class Checkpoints:
     def _start(self, tensors: dict[str, Any], writer: Writer) -> Future[Any]:
         if self._group is not None and self._behind is None:
             # The saving thread's collectives must not mix with those of the training.
-            ranks = dist.get_process_group_ranks(self._group)
-            self._behind = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self._behind = dist.new_group(backend="gloo")
         planner = StagedPlanner(tensors)
         where = {"process_group": self._behind, "no_dist": self._group is None}
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

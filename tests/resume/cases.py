@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sharded_spd.checkpoint import Checkpoints, Resumed, storage
-from sharded_spd.errors import AnchorError, CheckpointError
+from sharded_spd.errors import AnchorError, CheckpointError, UnsupportedError
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
 from tests.support.compare import assert_bits_equal, assert_float64_parity
@@ -83,6 +83,8 @@ def same_ranks(engine: Engine, *, form: Form, asynchronous: bool) -> None:
     grads = gradients(start, 26)
     extra = {"position": (3, [1, None]), "ids": torch.arange(4), 7: 0.1}
     first = _Run(engine, start, form=form, asynchronous=asynchronous)
+    if engine.world > 1:
+        dist.new_group([0])  # so that ranks are in different numbers of groups
     for given in grads[:6]:
         first.step(given)
     torch.rand(engine.rank + 1)
@@ -198,6 +200,14 @@ def refusals(engine: Engine) -> None:
         again = _Run(engine, start)
         refused(engine, partial(again.load, spoilt), (CheckpointError,), words)
         assert_bits_equal(again.training.weights(), start)
+    if engine.world > 1:
+        part = dist.new_group([0])
+        refused(
+            engine,
+            lambda: Checkpoints(engine.scratch / "b", asynchronous=True, group=part),
+            (UnsupportedError,),
+            "all ranks",
+        )
     refused(engine, lambda: run.load(engine.scratch / "none"), (CheckpointError,), "none", "complete")
 
 
