@@ -78,7 +78,7 @@ class Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write what is no tensor, mark the folder complete, and give it its name; on the coordinator."""
-        assert self._part is not None
+        part = self._part or start_folder(self._final)
         places = {result.index: result.storage_data for own in results for result in own}
         tensors = {}
         described: Mapping[str, Any] = metadata.state_dict_metadata
@@ -95,8 +95,8 @@ class Writer(StorageWriter):
             ]
             dtype = str(stored.properties.dtype).removeprefix("torch.")
             tensors[fqn] = {"dtype": dtype, "shape": list(stored.size), "chunks": chunks}
-        write_json(self._part / METADATA, {"values": self._values, "tensors": tensors})
-        finish_folder(self._part, self._final, self._facts)
+        write_json(part / METADATA, {"values": self._values, "tensors": tensors})
+        finish_folder(part, self._final, self._facts)
         if self._keep is not None:
             prune(self._final.parent, self._keep)
 
@@ -244,7 +244,6 @@ def _write_items(path: Path, items: list[WriteItem], planner: SavePlanner) -> li
         results.append(WriteResult(item.index, entries[-1].num_bytes, (path.name, name)))
     with TensorFile(path, entries) as file:
         for item in items:
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, torch.Tensor)
+            tensor: Any = planner.resolve_data(item)
             file.append(tensor)
     return results

@@ -45,7 +45,8 @@ def sums(slices: Sequence[Slice]) -> Tensor:
     Added up in an order that depends on a slice's length alone, not on the number of threads.
     """
     library = load_library()
-    assert library is not None
+    if library is None:
+        raise RuntimeError("the compiled kernels are not there; ask can_sum first")
     out = torch.empty(len(slices), 2, dtype=torch.float64)
     table, chunks = bytearray(), 0
     for s in slices:

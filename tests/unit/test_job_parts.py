@@ -16,12 +16,14 @@ from sharded_spd.anchors import FileAnchor, MappedValues
 from sharded_spd.anchors.base import is_on_disk
 from sharded_spd.anchors.build import add_manifest
 from sharded_spd.config import AnchorConfig, SPDConfig
+from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor, names_in_checkpoint
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, NamedBlock, TrainConfig
 from sharded_spd.integrations.finetune.corruptions import broad_augmentation, seven_corruptions
 from sharded_spd.integrations.finetune.methods import _with_anchor
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint
 from sharded_spd.integrations.finetune.records import Figure, new_directory
+from sharded_spd.integrations.finetune.resume import Progress
 from sharded_spd.integrations.finetune.select import choose_strength
 from sharded_spd.integrations.finetune.sources import ImageSpec, load_splits
 from sharded_spd.integrations.finetune.train import evaluation_steps, share_of_batch, total_steps
@@ -203,3 +205,20 @@ def test_anchor_of_the_job_may_stay_on_disk(tmp_path, device):
     values = store.fetch(ShardSlice("weight", 0, 3, FlatRange(2)))
     assert isinstance(values, MappedValues) is (device == "disk")
     assert values[:].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_damaged_progress_is_refused_by_name(tmp_path: Path) -> None:
+    """Silence would repeat days of training, or leave some out."""
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    for content in ("{", "[]", '{"results": [{"method": "spd"}]}', '{"validated": 3}'):
+        (tmp_path / "progress.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"progress\.json is damaged"):
+            Progress(tmp_path, world)
+    (tmp_path / "progress.json").unlink()
+    progress = Progress(tmp_path, world)
+    progress.add_validation("spd 1.0 0", 93.5)
+    progress.finish()
+    again = Progress(tmp_path, world)
+    assert again.validated == {"spd 1.0 0": 93.5}
+    assert again.finished
+    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]

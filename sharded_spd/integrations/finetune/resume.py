@@ -37,10 +37,17 @@ class Progress:
 
     def __init__(self, directory: Path, world: World) -> None:
         self._path, self._world = directory / _PROGRESS, world
-        found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        known: dict[str, Any] = world.share(found)
-        self.validated: dict[str, float] = known.get("validated", {})
-        self.results = [TrainingResult.load(entry) for entry in known.get("results", ())]
+        found = _read(self._path) if self._path.is_file() else {}
+        known: dict[str, Any] | None = world.share(found)
+        try:
+            if known is None:
+                raise TypeError("no JSON object")
+            self.validated: dict[str, float] = dict(known.get("validated", {}))
+            self.results = [TrainingResult.load(entry) for entry in known.get("results", ())]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{self._path} is damaged ({error}): remove it, and all trainings of the run start anew"
+            ) from None
         self.finished = bool(known.get("finished", False))
 
     def add_validation(self, key: str, score: float) -> None:
@@ -89,11 +96,9 @@ def find_run(config: JobConfig, resume: str) -> Path | None:
         try:
             if _differing(config, directory):
                 continue
-            progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
         except ConfigError:
             continue
-        except (OSError, ValueError):  # it ended before anything was done
-            progress = {}
+        progress = _read(directory / _PROGRESS) or {}  # none: it ended before anything was done
         if not progress.get("finished"):
             return directory
     return None
@@ -112,13 +117,20 @@ def _runs(base: Path) -> Iterator[Path]:
 
 
 def _differing(config: JobConfig, directory: Path) -> list[str]:
-    try:
-        theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        assert isinstance(theirs, dict)
-    except (OSError, ValueError, AssertionError):
-        raise ConfigError(f"--resume: {directory} is no run: it has no readable config.json") from None
+    theirs = _read(directory / "config.json")
+    if theirs is None:
+        raise ConfigError(f"--resume: {directory} is no run: it has no readable config.json")
     own = json.loads(config.to_json())
     return [key for key in own if key not in _FREE and own[key] != theirs.get(key)]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class Keeper:
