@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from sharded_spd.errors import CheckpointError
 Tensors = dict[str, Any]
 """Tensors, DTensors and FSDP1's ShardedTensors by name."""
 
-_TAGS = frozenset({"tensor", "tuple", "items", "float", "bytes", "dtype"})
+_TAGS = frozenset({"tensor", "tuple", "items", "float", "bytes", "dtype", "counter"})
 
 
 def split(state: Any, name: str = "") -> tuple[Tensors, Any]:
@@ -71,12 +72,18 @@ def merge(own: Any, saved: Any) -> Any:
 
 def _encode(value: Any, path: str, tensors: Tensors) -> Any:
     if isinstance(value, (torch.Tensor, ShardedTensor)):
-        tensors[path] = value
-        return {"$tensor": path}
+        name = path
+        while name in tensors:  # keys 1 and "1", "a/b" and a: {b: ...}
+            name += "#"
+        tensors[name] = value
+        return {"$tensor": name}
     if value is None or isinstance(value, (bool, int, str)):
+        _check_text(value, path)
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": str(value)}
+    if isinstance(value, Counter):
+        return {"$counter": _encode_mapping(dict(value), path, tensors)}
     if isinstance(value, Mapping):
         return _encode_mapping(value, path, tensors)
     if isinstance(value, (list, tuple)):
@@ -95,7 +102,17 @@ def _encode(value: Any, path: str, tensors: Tensors) -> Any:
     )
 
 
+def _check_text(value: Any, path: str) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{path!r}: {value!r:.50} is no text that a file can hold") from None
+
+
 def _encode_mapping(value: Mapping[Any, Any], path: str, tensors: Tensors) -> Any:
+    for key in value:
+        _check_text(key, path)
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {key: _encode(x, f"{path}/{key}" if path else key, tensors) for key, x in value.items()}
     pairs = [[_encode(k, path, tensors), _encode(x, f"{path}/{k}", tensors)] for k, x in value.items()]
@@ -108,6 +125,8 @@ def _decode(tag: str, content: Any, tensors: Mapping[str, Any]) -> Any:
             return tensors[content]
         if tag == "tuple":
             return tuple(join(list(content), tensors))
+        if tag == "counter":
+            return Counter(join(content, tensors))
         if tag == "items":
             return {join(key, tensors): join(x, tensors) for key, x in content}
         if tag == "float":

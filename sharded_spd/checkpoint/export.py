@@ -72,6 +72,9 @@ def write_wholes(
     part = directory.with_name(f".{directory.name}.part")
     files = _share_out(tensors, max_shard_bytes)
     named = {t.entry.name: (names or {}).get(t.entry.name, t.entry.name) for t in tensors}
+    repeated = sorted({name for name in named.values() if list(named.values()).count(name) > 1})
+    if repeated:
+        raise CheckpointError(f"names: {repeated[0]!r} stands for several tensors; wanted one name each")
     writer.attempt(partial(_prepare, part, directory, replace=replace))
     for number, own in enumerate(files, start=1):
         entries = [Entry(named[t.entry.name], t.entry.dtype, t.entry.shape) for t in own]
@@ -142,12 +145,13 @@ def wholes(model: Module) -> list[Whole]:
         return [Whole(Entry(n, dtype, shape), gather) for n, dtype, shape, gather in deepspeed.wholes(model)]
     with quiet():
         state: dict[str, Any] = get_model_state_dict(model)
-    seen: dict[tuple[int, torch.Size], str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
     repeated: dict[str, None] = {}
     for name, tensor in state.items():
         local = _local(tensor)
         if local is not None and local.numel():
-            if seen.setdefault((local.data_ptr(), tensor.size()), name) != name:
+            memory = (local.data_ptr(), tensor.size(), local.stride(), local.dtype)
+            if seen.setdefault(memory, name) != name:
                 repeated[name] = None
     # A rank that holds nothing of a tensor cannot tell.
     repeated = union(repeated, dist.group.WORLD if dist.is_initialized() else None)

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ MARKER = "complete.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _OLD = re.compile(r"\.step-(\d{8,})\.[0-9a-f]+\.old")
-_PART = re.compile(r"\.step-\d{8,}\.[0-9a-f]+\.part")
+_PART = re.compile(r"\.(step-\d{8,})\.[0-9a-f]+\.part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +129,12 @@ def steps_in(directory: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def find_latest(directory: Path) -> Found:
-    """The newest complete checkpoint in a directory."""
+def find_latest(directory: Path, check: Callable[[Path], object] = check_complete) -> Found:
+    """The newest checkpoint in a directory that passes `check`."""
     skipped: list[str] = []
     for _, path in steps_in(directory):
         try:
-            check_complete(path)
+            check(path)
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -141,21 +142,41 @@ def find_latest(directory: Path) -> Found:
     return Found(None, tuple(skipped))
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Drop all complete checkpoints but the newest `keep`, and what killed saves have left.
+def prune(new: Path, keep: int) -> None:
+    """Drop all complete checkpoints beside `new`, just saved, but the newest, and what saves have left.
 
-    A marker goes first, so that a folder that is half gone is not taken for a checkpoint.
+    `keep` stay in all: `new`, whatever its step, and the newest others. What is newer than it and incomplete
+    stays, too. A marker goes first, so that a folder that is half gone is not taken for a checkpoint. A link
+    is taken away, what it leads to is not.
     """
-    kept: set[int] = set()
-    for step, path in steps_in(directory):
-        if (path / MARKER).is_file() and step not in kept and len(kept) < keep:
-            kept.add(step)
-        elif kept:  # older than a complete one
-            (path / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
-    for path in directory.iterdir():
-        if _PART.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    kept = {new}
+    for _, path in steps_in(new.parent):
+        if path in kept:
+            continue
+        whole = _is_complete(path)
+        if whole and len(kept) < keep and not path.name.startswith("."):
+            kept.add(path)
+        elif whole or path.name < new.name:
+            _drop(path)
+    for path in new.parent.iterdir():
+        if (match := _PART.fullmatch(path.name)) and match.group(1) <= new.name:
+            _drop(path)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        check_complete(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _drop(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

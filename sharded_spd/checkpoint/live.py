@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -19,10 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from sharded_spd.checkpoint.codec import merge
 from sharded_spd.errors import AnchorError, CheckpointError
+from sharded_spd.names import clean_fqns
 from sharded_spd.projector import Projector
 
 RNG = "rng"
+STATE = "optimizer/state/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +46,28 @@ class Live:
         return dist.get_rank() if dist.is_initialized() else 0
 
     def state(self) -> dict[str, Any]:
-        """Model, optimizers and projector, each rank its shards. Collective."""
-        with quiet():
-            state: dict[str, Any] = {"model": dict(get_model_state_dict(self.model))}
+        """Model, optimizers and projector as they are, each rank its shards. Collective."""
+        with quiet(), _left_alone(self.optimizers):
+            return self._state()
+
+    @contextmanager
+    def template(self, have: Set[str]) -> Iterator[dict[str, Any]]:
+        """A state to read into; of the optimizers' only that of the parameters `have`. Collective.
+
+        Inside, gradients are put away, and what had state when it was saved may have it now, frozen or not.
+        Where the block fails, the optimizers are what they were.
+        """
+        with quiet(), _emptied(self.optimizers, [p for n, p in self._named() if _has(have, n)]):
+            state = self._state()
             if self.optimizers:
-                state["optimizer"] = dict(get_optimizer_state_dict(self.model, list(self.optimizers)))
+                states = state["optimizer"]["state"]
+                state["optimizer"]["state"] = {fqn: own for fqn, own in states.items() if fqn in have}
+            yield state
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"model": dict(get_model_state_dict(self.model))}
+        if self.optimizers:
+            state["optimizer"] = dict(get_optimizer_state_dict(self.model, list(self.optimizers)))
         if self.projector is not None:
             state["projector"] = self.projector.state_dict()
         return state
@@ -54,11 +77,30 @@ class Live:
         with quiet():
             set_model_state_dict(self.model, state["model"])
             if self.optimizers:
+                # Not strict: a parameter that never had a gradient has no state.
                 set_optimizer_state_dict(
-                    self.model, list(self.optimizers), optim_state_dict=state["optimizer"]
+                    self.model,
+                    list(self.optimizers),
+                    optim_state_dict=state["optimizer"],
+                    options=StateDictOptions(strict=False),
                 )
+                self._keep_dtypes(state["optimizer"]["state"])
         if self.projector is not None:
             self.projector.load_state_dict(state["projector"])
+
+    def _keep_dtypes(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Optimizers cast what they load to the parameter's dtype, also what they keep in float32."""
+        names = {param: name for name, param in self._named()}
+        for optimizer in self.optimizers:
+            for param, own in optimizer.state.items():
+                for key, value in states.get(names.get(param, ""), {}).items():
+                    now = own.get(key)
+                    if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                        own[key] = value.to(now.device)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        found = list(self.model.named_parameters())
+        return list(zip(clean_fqns([name for name, _ in found]), (p for _, p in found), strict=True))
 
     def anchors(self) -> dict[str, list[str]]:
         """The fingerprint of every layer's anchor."""
@@ -89,8 +131,17 @@ class Live:
             )
 
 
-def check_fits(wanted: Mapping[str, Any], stored: Metadata, where: object) -> None:
-    """Whether a checkpoint has every tensor that is to be loaded, in its shape, and no other of the model.
+def states_in(stored: Metadata, values: Mapping[str, Any]) -> set[str]:
+    """The parameters of which a checkpoint has optimizer state, by FQN."""
+    named = {name.split("/")[2] for name in stored.state_dict_metadata if name.startswith(STATE)}
+    states = values["optimizer"].get("state") if "optimizer" in values else None
+    return named | set(states if isinstance(states, dict) else ())
+
+
+def check_fits(wanted: Mapping[str, Any], stepped: Iterable[str], stored: Metadata, where: object) -> None:
+    """Whether a checkpoint has every tensor that is to be loaded, and no other of what is.
+
+    `stepped`: the optimizer's parameters by FQN.
 
     Raises:
         CheckpointError: it lists what does not fit.
@@ -100,8 +151,13 @@ def check_fits(wanted: Mapping[str, Any], stored: Metadata, where: object) -> No
     for name, tensor in wanted.items():
         if name in found and tuple(found[name].size) != tuple(tensor.size()):
             problems.append(f"{name}: has shape {list(found[name].size)}, wanted {list(tensor.size())}")
-    extra = [name for name in found if name.startswith("model/") and name not in wanted]
-    problems += [f"{name}: the model has no such tensor" for name in extra]
+        elif name in found and found[name].properties.dtype != tensor.dtype:
+            problems.append(f"{name}: is {found[name].properties.dtype}, wanted {tensor.dtype}")
+    known = tuple(f"{STATE}{fqn}/" for fqn in stepped)
+    for name in found:
+        if name not in wanted and name.startswith(("model/", *known)):
+            whose = "model" if name.startswith("model/") else "optimizer"
+            problems.append(f"{name}: the {whose} has no such tensor")
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         listing = "\n  ".join(problems[:10])
@@ -109,6 +165,95 @@ def check_fits(wanted: Mapping[str, Any], stored: Metadata, where: object) -> No
             f"{where}: does not fit this run in {len(problems)} place(s); wanted the model and the optimizer "
             f"that wrote it:\n  {listing}{more}"
         )
+
+
+def check_groups(own: Sequence[Any], saved: Any, where: object) -> None:
+    """Whether the optimizer's param groups are those that were saved, in whatever order.
+
+    Raises:
+        CheckpointError: other parameters stand together, or the strengths mean another thing.
+    """
+    try:
+        theirs = [frozenset(group["params"]) for group in saved]
+        ruled = ["rule" in group for group in saved]
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{where}: is damaged: its param groups cannot be read ({error})") from None
+    ours = [frozenset(group["params"]) for group in own]
+    all_ours, all_theirs = frozenset().union(*ours), frozenset().union(*theirs)
+    for g, (group, params) in enumerate(zip(own, ours, strict=True)):
+        known = params & all_theirs
+        match = [i for i, other in enumerate(theirs) if other & all_ours == known]
+        if known and not match:
+            raise CheckpointError(
+                f"{where}: param group {g} ({', '.join(sorted(params)[:3])}, ...) was cut otherwise when "
+                "it was saved; wanted the same param groups"
+            )
+        if known and ruled[match[0]] and "rule" not in group:
+            raise CheckpointError(
+                f"{where}: was written by AdamSPD, whose weight_decay is lambda; wanted AdamSPD, got another "
+                "optimizer"
+            )
+
+
+def merge_groups(own: Sequence[Any], saved: Sequence[Any]) -> list[Any]:
+    """The optimizer's encoded param groups with the saved values, and what else the saved ones hold."""
+    merged = []
+    for group in own:
+        params = set(group["params"])
+        match: Mapping[str, Any] = next((other for other in saved if params & set(other["params"])), {})
+        merged.append({**match, **merge(group, {**match, "params": group["params"]})})
+    return merged
+
+
+@contextmanager
+def _left_alone(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Keep torch from making an optimizer without state one by a step: it does not where a gradient is."""
+    lent: list[Tensor] = []
+    for optimizer in optimizers:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not optimizer.state and params and all(p.grad is None for p in params):
+            params[0].grad = torch.zeros_like(params[0])
+            lent.append(params[0])
+    try:
+        yield
+    finally:
+        for param in lent:
+            param.grad = None
+
+
+@contextmanager
+def _emptied(optimizers: Sequence[Optimizer], thawed: Sequence[Tensor]) -> Iterator[None]:
+    """Optimizers without state, parameters without gradients, and `thawed` ones not frozen."""
+    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    grads = [p.grad for p in params]
+    frozen = [p for p in thawed if not p.requires_grad]
+    before = [(o, dict(o.state), [dict(group) for group in o.param_groups]) for o in optimizers]
+    for p in params:
+        p.grad = None
+    for p in frozen:
+        p.requires_grad_(True)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    try:
+        yield
+    except BaseException:
+        for optimizer, state, groups in before:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, old in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(old)
+        raise
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+
+
+def _has(states: Set[str], name: str) -> bool:
+    """FSDP1's flat parameters have names of their own: they may hold any."""
+    return name in states or "_flat_param" in name
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.nn import Module
@@ -22,10 +23,19 @@ from torch.optim import Optimizer
 from sharded_spd.agree import agree
 from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.codec import join, merge, split, tensor_names
-from sharded_spd.checkpoint.folder import check_complete, find_latest, folder_of, start_folder
-from sharded_spd.checkpoint.live import RNG, Live, as_optimizers, check_fits, quiet
+from sharded_spd.checkpoint.folder import find_latest, folder_of, start_folder, steps_in
+from sharded_spd.checkpoint.live import (
+    RNG,
+    Live,
+    as_optimizers,
+    check_fits,
+    check_groups,
+    merge_groups,
+    quiet,
+    states_in,
+)
 from sharded_spd.checkpoint.rng import rng_state, set_rng_state
-from sharded_spd.checkpoint.storage import Reader, StagedPlanner, Writer, read_metadata
+from sharded_spd.checkpoint.storage import Reader, StagedPlanner, Writer, check_folder, read_metadata
 from sharded_spd.errors import AnchorError, BindingError, CheckpointError, UnsupportedError
 from sharded_spd.projector import Projector
 
@@ -70,7 +80,8 @@ class Checkpoints:
         if asynchronous and group not in (None, dist.group.WORLD):
             # torch names a group that a part makes by how many groups each rank has, which may differ.
             raise UnsupportedError("asynchronous: wanted the group of all ranks, got a part of them")
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
+        self._ranks = dist.is_initialized()
         self._keep, self._asynchronous = keep_last, asynchronous
         self._group = dist.group.WORLD if group is None and dist.is_initialized() else group
         self._behind: dist.ProcessGroup | None = None
@@ -96,6 +107,9 @@ class Checkpoints:
                 With `asynchronous` the next call or `wait` raises it.
         """
         self.wait()
+        self._check_ranks()
+        if type(step) is not int or step < 0:
+            raise CheckpointError(f"step: got {step!r}; wanted a whole number, 0 or more")
         live = _live(model, optimizer, projector, scheduler)
         final = folder_of(self.directory, step)
         values: dict[str, Any] = {"extra": extra, "step": step}
@@ -122,14 +136,17 @@ class Checkpoints:
         if self._asynchronous:
             self._running = (self._start(tensors, writer), writer)
         else:
-            self._attempt(writer, lambda: dcp_save(tensors, storage_writer=writer, **self._where))
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            self._attempt(
+                writer, lambda: dcp_save(tensors, storage_writer=writer, planner=planner, **self._where)
+            )
         return final
 
     def _start(self, tensors: dict[str, Any], writer: Writer) -> Future[Any]:
         if self._group is not None and self._behind is None:
             # The saving thread's collectives must not mix with those of the training.
             self._behind = dist.new_group(backend="gloo")
-        planner = StagedPlanner(tensors)
+        planner = agree(lambda: StagedPlanner(tensors), self._groups)
         where = {"process_group": self._behind, "no_dist": self._group is None}
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         future = thread.submit(dcp_save, tensors, storage_writer=writer, planner=planner, **where)
@@ -156,7 +173,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; a newer one that is not complete is named in a log line."""
-        found = self._shared(lambda: find_latest(self.directory))
+        found = self._shared(lambda: find_latest(self.directory, check_folder))
         if self._first:
             for text in found.skipped:
                 _LOG.warning("%s; it is passed over", text)
@@ -182,64 +199,91 @@ class Checkpoints:
             AnchorError: written with another anchor, it names the layers; on every rank, before that, too.
         """
         self.wait()
+        self._check_ranks()
         folder = self.latest() if path == "auto" else Path(path)
         if folder is None:
             return None
+        if path != "auto":
+            self._warn_of_newer(folder)
         live = _live(model, optimizer, projector, scheduler)
-        marker = self._shared(lambda: check_complete(folder))
+        marker = self._shared(lambda: check_folder(folder))
         metadata, values = agree(lambda: read_metadata(folder), self._groups)
         agree(lambda: live.check_anchors(values.get("anchors")), self._groups)
-        own, parts = ({}, {}) if deepspeed.is_engine(model) else split(live.state())
-        agree(lambda: self._check(own, metadata, values, live, folder), self._groups)
+        agree(lambda: self._check_parts(values, live, folder), self._groups)
+        with ExitStack() as stack:
+            template: dict[str, Any] = {}
+            if not deepspeed.is_engine(model):
+                template = stack.enter_context(live.template(states_in(metadata, values)))
+            state, drawn = self._read(template, metadata, values, live, folder)
+            if deepspeed.is_engine(model):
+                deepspeed.load(model, live.projector, folder)
+            try:
+                if template:
+                    live.restore(state)
+                if scheduler is not None:
+                    scheduler.load_state_dict(state["scheduler"])
+            except (CheckpointError, AnchorError, BindingError):
+                raise
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise CheckpointError(
+                    f"{folder}: holds a state that does not fit this run: {what}"
+                ) from error
+        agree(lambda: set_rng_state(drawn), self._groups)
+        return Resumed(marker["step"], folder, state.get("extra"))
+
+    def _read(
+        self, template: dict[str, Any], metadata: Any, values: Any, live: Live, folder: Path
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is saved in the places of `template`, with scheduler and `extra`; the random numbers."""
+        own, parts = split(template)
+        agree(lambda: _check_contents(own, parts, metadata, values, folder), self._groups)
         parts = {key: merge(part, values[key]) for key, part in parts.items()}
+        if "optimizer" in parts:
+            groups = split(template["optimizer"]["param_groups"], "optimizer/param_groups")[1]
+            parts["optimizer"]["param_groups"] = merge_groups(groups, values["optimizer"]["param_groups"])
         parts.update({key: values[key] for key in ("extra", "scheduler") if key in values})
-        others = [name for name in tensor_names(parts) if name not in own]
         prefix = f"{RNG}/{live.rank}/"
+        others = [name for name in tensor_names(parts) if name not in own]
         others += [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
         for name in others:
             stored: Any = metadata.state_dict_metadata[name]
             own[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-        self._read(own, Reader(folder, metadata))
-        if deepspeed.is_engine(model):
-            deepspeed.load(model, live.projector, folder)
-        try:
-            state = join(parts, own)
-            if not deepspeed.is_engine(model):
-                live.restore(state)
-            if scheduler is not None:
-                scheduler.load_state_dict(state["scheduler"])
-        except (CheckpointError, AnchorError, BindingError):
-            raise
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{folder}: holds a state that does not fit this run: {what}") from error
-        drawn = {n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)}
-        agree(lambda: set_rng_state(drawn), self._groups)
-        return Resumed(marker["step"], folder, state.get("extra"))
-
-    def _check(self, own: Mapping[str, Any], metadata: Any, values: Any, live: Live, folder: Path) -> None:
-        parts = {
-            "model": not deepspeed.is_engine(live.model),
-            "optimizer": bool(live.optimizers),
-            "projector": live.projector is not None and not deepspeed.is_engine(live.model),
-            "scheduler": live.scheduler is not None,
-        }
-        for part, wanted in parts.items():
-            if wanted and part not in values:
-                raise CheckpointError(f"{folder}: was saved without a {part}; load it without, too")
-        check_fits(own, metadata, folder)
-        lost = [name for name in tensor_names(values) if name not in metadata.state_dict_metadata]
-        if lost:
-            raise CheckpointError(f"{folder}: is damaged: it has no tensor {lost[0]!r}")
-
-    def _read(self, tensors: dict[str, Any], reader: Reader) -> None:
         # torch's default fails where a rank has no row of an FSDP1 tensor.
         planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
         try:
             with quiet():
-                dcp_load(tensors, storage_reader=reader, planner=planner, **self._where)
+                dcp_load(own, storage_reader=Reader(folder, metadata), planner=planner, **self._where)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint was not loaded: {_reason(error)}") from None
+        drawn = {n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)}
+        return join(parts, own), drawn
+
+    def _check_parts(self, values: Any, live: Live, folder: Path) -> None:
+        engine = deepspeed.is_engine(live.model)
+        parts = {
+            "model": not engine,
+            "optimizer": bool(live.optimizers),
+            "projector": live.projector is not None and not engine,
+            "scheduler": live.scheduler is not None,
+        }
+        for part, wanted in parts.items():
+            if wanted and not (part in values and isinstance(values[part], dict)):
+                raise CheckpointError(f"{folder}: was saved without a {part}; load it without, too")
+
+    def _warn_of_newer(self, folder: Path) -> None:
+        newer = [p.name for _, p in steps_in(self.directory) if p.name > folder.name]
+        if newer and self._first:
+            _LOG.warning(
+                "%s is loaded though %s is newer: 'auto' will go back to that; remove it", folder, newer[0]
+            )
+
+    def _check_ranks(self) -> None:
+        if dist.is_initialized() != self._ranks:
+            raise CheckpointError(
+                "the process group was started or ended after these Checkpoints were made; make them after "
+                "init_process_group, and use them before destroy_process_group"
+            )
 
     def _shared(self, action: Callable[[], T]) -> T:
         """What the first rank finds, on all of them."""
@@ -273,6 +317,20 @@ def _live(model: Module, optimizer: Any, projector: Projector | None, scheduler:
     if projector is None and len(own) == 1:
         projector = own[0]
     return Live(model, optimizers, projector, scheduler)
+
+
+def _check_contents(
+    own: Mapping[str, Any], parts: Mapping[str, Any], metadata: Any, values: Any, folder: Path
+) -> None:
+    stepped: list[str] = []
+    if "optimizer" in parts:
+        groups = parts["optimizer"]["param_groups"]
+        check_groups(groups, values["optimizer"].get("param_groups"), folder)
+        stepped = [fqn for group in groups for fqn in group["params"]]
+    check_fits(own, stepped, metadata, folder)
+    lost = [name for name in tensor_names(values) if name not in metadata.state_dict_metadata]
+    if lost:
+        raise CheckpointError(f"{folder}: is damaged: it has no tensor {lost[0]!r}")
 
 
 def _reason(error: BaseException) -> str:

@@ -29,7 +29,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from sharded_spd.checkpoint.folder import finish_folder, prune, read_json, start_folder, write_json
+from sharded_spd.checkpoint.folder import (
+    check_complete,
+    finish_folder,
+    prune,
+    read_json,
+    start_folder,
+    write_json,
+)
 from sharded_spd.errors import CheckpointError
 from sharded_spd.tensorfile import DTYPES, Entry, TensorFile
 
@@ -98,7 +105,7 @@ class Writer(StorageWriter):
         write_json(part / METADATA, {"values": self._values, "tensors": tensors})
         finish_folder(part, self._final, self._facts)
         if self._keep is not None:
-            prune(self._final.parent, self._keep)
+            prune(self._final, self._keep)
 
     def clean_up(self) -> None:
         """Remove what a failed save has written."""
@@ -118,7 +125,7 @@ class StagedPlanner(DefaultSavePlanner):
     """
 
     def __init__(self, tensors: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(dedup_save_to_lowest_rank=True)
         self.set_up_planner(tensors, is_coordinator=True)  # with what is the same on all ranks
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
         for item in create_default_local_save_plan(self.state_dict, True).items:
@@ -214,6 +221,32 @@ def read_metadata(folder: Path) -> tuple[Metadata, Any]:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
     return Metadata(found, storage_data=places), values
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The marker of a complete checkpoint whose files hold what its metadata says, as far as headers tell.
+
+    Raises:
+        CheckpointError: it is not complete, or damaged.
+    """
+    marker = check_complete(folder)
+    metadata, _ = read_metadata(folder)
+    wanted: dict[str, dict[str, list[int]]] = defaultdict(dict)
+    described: Mapping[str, Any] = metadata.state_dict_metadata
+    for fqn, stored in described.items():
+        for chunk in stored.chunks:
+            file, name = metadata.storage_data[MetadataIndex(fqn, chunk.offsets)]
+            wanted[file][name] = list(chunk.sizes)
+    for file, shapes in wanted.items():
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                there = set(opened.keys())
+                for name, shape in shapes.items():
+                    if name not in there or list(opened.get_slice(name).get_shape()) != shape:
+                        raise ValueError(f"tensor {name!r} is not there in shape {shape}")
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{folder / file}: is damaged: {error}") from None
+    return marker
 
 
 def _numbers(value: Any) -> torch.Size:

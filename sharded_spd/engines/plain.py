@@ -274,14 +274,14 @@ class ParameterAdapter:
 
 
 def _one_per_ranks(groups: Iterable[ProcessGroup]) -> dict[ProcessGroup, ProcessGroup]:
-    """For each group the first one of the same ranks.
+    """For each group the one of the same ranks whose name is first, the same one on all of them.
 
     Equal meshes that were made twice have groups of their own: one reduction serves them.
     """
     ranks = {group: tuple(dist.get_process_group_ranks(group)) for group in dict.fromkeys(groups)}
     first: dict[tuple[int, ...], ProcessGroup] = {}
     for group, own in ranks.items():
-        first.setdefault(own, group)
+        first[own] = min(first.get(own, group), group, key=lambda g: str(g.group_name))
     return {group: first[own] for group, own in ranks.items()}
 
 

@@ -218,6 +218,8 @@ class Trainer:
             if history is not None:
                 history[:] = [Evaluation(**entry) for entry in resumed.extra["history"]]
             live.rates[:] = resumed.extra["rates"]
+            if speeds is not None:
+                speeds.extend(resumed.extra["speeds"])
             self.recorder.write("resumed", **tags, step=done, checkpoint=str(resumed.path))
             self.display.say(f"Going on after step {done}: {resumed.path}")
 
@@ -226,6 +228,7 @@ class Trainer:
             live.keeper.describe = lambda: {
                 "history": [asdict(found) for found in history or ()],
                 "rates": live.rates,
+                "speeds": (speeds or [])[-1:],
             }
         fit(
             live.engine,
