@@ -22,8 +22,14 @@ CELLS = (
     ("fsdp1_flat", 2),
 )
 
+RARER = (("fsdp2_ep", 4), ("fsdp2_odd", 3), ("fsdp2_offload", 2), ("hsdp_tp", 8))
+
 
 def _all() -> Iterator[Task]:
+    for turn, cell in enumerate(RARER):
+        asynchronous, form = bool(turn % 2), FORMS[turn % 2]
+        options = {"form": form, "asynchronous": asynchronous}
+        yield Task(f"same_ranks-{form}", *cell, cases.same_ranks, options, slow=True)
     for turn, cell in enumerate(CELLS):
         for asynchronous in (False, True):
             form = FORMS[(turn + asynchronous) % 2]
