@@ -14,6 +14,7 @@ from torch.optim.adam import Adam, adam
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.fused import fused_adam, may_fuse
 from sharded_spd.groups import check_fingerprint, keep_shown, num_layers, take_group
 from sharded_spd.projector import Projector
 from sharded_spd.rules import Rule
@@ -164,9 +165,14 @@ class AdamSPD(Adam):
             with torch.enable_grad():
                 loss = closure()
         self._keep_groups()
-        self.projector.before_step(self)
+        fuse = may_fuse(self)
+        step = self.projector.before_step(self, sums_later=fuse)
+        done: set[Tensor] = set()
+        if step is not None and fuse:
+            done = fused_adam(self, step, self._gather)
+            step.add_before()
         for group in self.param_groups:
-            self._adam(group)
+            self._adam(group, done)
         self.projector.after_step(self)
         return loss
 
@@ -180,9 +186,18 @@ class AdamSPD(Adam):
                 )
             keep_shown(group, spec)
 
-    def _adam(self, group: dict[str, Any]) -> None:
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = _lists(6)
-        has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)  # type: ignore[no-untyped-call]
+    def _gather(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """Parameters with a gradient, gradients, and their state of four kinds, made where missing."""
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        return lists
+
+    def _adam(self, group: dict[str, Any], done: set[Tensor]) -> None:
+        lists = self._gather(group)
+        if done:
+            keep = [i for i, param in enumerate(lists[0]) if param not in done]
+            lists = [[own[i] for i in keep] if own else own for own in lists]
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         adam(
             params,
             grads,
@@ -191,7 +206,6 @@ class AdamSPD(Adam):
             max_exp_avg_sqs,
             steps,
             amsgrad=group["amsgrad"],
-            has_complex=has_complex,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=group["lr"],
@@ -261,7 +275,3 @@ class AdamSPD(Adam):
                 self._projector.adopt(*held)
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True
-
-
-def _lists(n: int) -> list[list[Tensor]]:
-    return [[] for _ in range(n)]

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from sharded_spd.config import AnchorConfig, LayerConfig, SPDConfig
-from sharded_spd.errors import ConfigError
+from sharded_spd.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from sharded_spd.rules.base import Rule
@@ -80,3 +82,23 @@ def _no_match(index: int, pattern: str, fqns: Sequence[str]) -> str:
 def _some(names: Sequence[str], limit: int = 8) -> str:
     more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def check_scalars(fqn: str, lr: Any, weight_decay: Any, max_pull: Any) -> None:
+    """Whether a step's live scalars of one layer can be used.
+
+    Raises:
+        UnsupportedError: where its param group has no learning rate.
+        ConfigError: for a strength or a limit out of range.
+    """
+    if lr is None:
+        raise UnsupportedError(
+            f"layer {fqn!r}: its param group has no 'lr'; wanted a learning rate: give the base optimizer "
+            "one (for Adafactor: relative_step=False)"
+        )
+    if not isinstance(weight_decay, Tensor) and not weight_decay >= 0:
+        raise ConfigError(f"layer {fqn!r}: got weight_decay {weight_decay}; wanted lambda >= 0")
+    if not isinstance(max_pull, Tensor) and not max_pull > 0:
+        raise ConfigError(
+            f"layer {fqn!r}: got max_pull {max_pull}; wanted a number > 0, or None for no limit"
+        )

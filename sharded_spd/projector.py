@@ -189,8 +189,10 @@ class Projector:
         return self._plans[fqns]
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer, *, sums_later: bool = False) -> Step | None:
         """Take the statistics before `optimizer` steps; its gradients must be there.
+
+        With `sums_later` the caller takes them, of the step that comes back (None: unbound).
 
         Raises:
             BindingError: unbound with gradients, or a parameter that was swapped or added since `bind()`.
@@ -200,11 +202,14 @@ class Projector:
             raise self._failure
         if self._binding is None:
             self._check_unbound(optimizer)
-            return
+            return None
         shards = self._adapter.bind(optimizer, grads=True)
-        step = self._steps[optimizer] = Step(self._plan(shards), self._binding, optimizer, shards)
+        plan = self._plan(shards)
+        step = Step(plan, self._binding, optimizer, shards, sums_later=sums_later)
+        self._steps[optimizer] = step
         if step.moves and self._binding.found.away:
             warn.about_start(self._binding, shards)
+        return step
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:

@@ -13,15 +13,16 @@ from torch.optim import Optimizer
 
 from sharded_spd.binding import Binding, flat, lost
 from sharded_spd.engines.dtensor import local_tensor
-from sharded_spd.errors import AnchorError, ConfigError, UnsupportedError
+from sharded_spd.errors import AnchorError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
+from sharded_spd.options import check_scalars
 from sharded_spd.plan import Phase, Plan, Reduction, RulePart, reduce_together_
 from sharded_spd.prefetch import ahead
 from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
-from sharded_spd.sums import Item, Sums
+from sharded_spd.sums import Item, Sums, can_fuse
 
 _HAS_GRAD, _FOUND_INF = 0, 1
 """Rows of the flags: ranks with a gradient, with an overflow."""
@@ -35,7 +36,13 @@ class Step:
     """One inner step under way: made right before the base optimizer steps, finished right after."""
 
     def __init__(
-        self, plan: Plan, binding: Binding, optimizer: Optimizer, shards: Sequence[BoundShard]
+        self,
+        plan: Plan,
+        binding: Binding,
+        optimizer: Optimizer,
+        shards: Sequence[BoundShard],
+        *,
+        sums_later: bool = False,
     ) -> None:
         self._plan = plan
         self._shards = shards
@@ -51,7 +58,9 @@ class Step:
         self._edited: dict[int, tuple[Stats, dict[str, Tensor]]] = {}
         self._early()
         self._sums = Sums(plan, plan.keys(early=False))
-        self._add("before")
+        self._fused: set[int] = set()
+        if not sums_later:
+            self.add_before()
         for item in self._items:
             if item.part.rule.spec.keeps_w:
                 item.kept = flat(item.shard.tensor)[item.cut].clone()
@@ -60,10 +69,36 @@ class Step:
                 stats = self._edited[p][0] if p in self._edited else self._no_stats(part)
                 self._project(p, part, stats, self._flags)
 
+    def add_before(self) -> None:
+        """Take the sums before the base step, of what has not been stepped with its sums."""
+        self._add("before")
+
+    def whole_items(self) -> dict[Tensor, list[Item]]:
+        """The items of each of the optimizer's tensors that a kernel may step together with their sums.
+
+        That is, of all its elements, by rules that need nothing but the sums that such a kernel forms.
+        """
+        found: dict[Tensor, list[Item]] = {}
+        covered: dict[Tensor, int] = {}
+        for item in self._items:
+            owner, spec = item.shard.owner, item.part.rule.spec
+            plain = not (spec.keeps_w or spec.edits_grad or spec.shard_state or item.part.has_row_stats)
+            if owner is not None and plain and spec.when == "after" and can_fuse(spec):
+                found.setdefault(owner, []).append(item)
+                covered[owner] = covered.get(owner, 0) + item.piece.numel
+        return {
+            owner: items for owner, items in found.items() if covered[owner] == items[0].shard.tensor.numel()
+        }
+
+    def add_fused(self, items: Sequence[Item], rows: Tensor) -> None:
+        """Take over the sums `[num_items, 3]` of items that were stepped: <g, d>, |d|^2, |d|^2 after it."""
+        self._sums.add_fused(items, rows)
+        self._fused = {id(item) for item in items}
+
     def _add(self, phase: Phase) -> None:
         keys = {p: part.keys(early=False) for p, part in enumerate(self._plan.parts)}
         own = {id(part): [s for at, s in keys[p] if at == phase] for p, part in enumerate(self._plan.parts)}
-        wanted = [(item, own[id(item.part)]) for item in self._items]
+        wanted = [(item, own[id(item.part)]) for item in self._items if id(item) not in self._fused]
         self._sums.add_all(phase, [(item, stats) for item, stats in wanted if stats])
 
     @property
@@ -136,7 +171,7 @@ class Step:
                 limit[i] = float("inf") if pull is None else pull
                 has_grad[i] = float(shard.grad is not None)
                 has_state[i] = float(shard.has_state)
-                _check_scalars(piece.layer, lr[i], decay[i], limit[i])
+                check_scalars(piece.layer, lr[i], decay[i], limit[i])
         self._with_grad = {fqn for fqn, g in zip(plan.fqns, has_grad, strict=True) if g}
         self._moves = any(g and (isinstance(x, Tensor) or x != 0) for g, x in zip(has_grad, lr, strict=True))
         self._lr = plan.vectors["lr"].update(lr)
@@ -302,20 +337,6 @@ def _as_it_is_now(shard: BoundShard) -> BoundShard:
     if shard.owner is None:
         return replace(shard, grad=None)
     return replace(shard, grad=None, tensor=local_tensor(shard.owner))
-
-
-def _check_scalars(fqn: str, lr: Any, weight_decay: Any, max_pull: Any) -> None:
-    if lr is None:
-        raise UnsupportedError(
-            f"layer {fqn!r}: its param group has no 'lr'; wanted a learning rate: give the base optimizer "
-            "one (for Adafactor: relative_step=False)"
-        )
-    if not isinstance(weight_decay, Tensor) and not weight_decay >= 0:
-        raise ConfigError(f"layer {fqn!r}: got weight_decay {weight_decay}; wanted lambda >= 0")
-    if not isinstance(max_pull, Tensor) and not max_pull > 0:
-        raise ConfigError(
-            f"layer {fqn!r}: got max_pull {max_pull}; wanted a number > 0, or None for no limit"
-        )
 
 
 def _to_elements(per_row: Tensor, *, item: Item, cut: slice) -> Tensor:

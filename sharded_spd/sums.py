@@ -14,7 +14,7 @@ from sharded_spd.binding import flat
 from sharded_spd.kernels.cpu import Slice, can_sum, sums
 from sharded_spd.layout import BoundShard, ShardSlice
 from sharded_spd.plan import Key, Phase, Plan, Reduction, RulePart
-from sharded_spd.rules import Stats
+from sharded_spd.rules import RuleSpec, Stats
 from sharded_spd.stats import (
     CHUNK,
     DELTA_SQ,
@@ -74,6 +74,11 @@ _COMPILED = {GRAD_DOT_DELTA: 0, DELTA_SQ: 1}
 """The statistics that the compiled kernels form, and where in a row of theirs."""
 
 
+def can_fuse(spec: RuleSpec) -> bool:
+    """Whether a kernel that steps the weights forms all the sums that a rule wants."""
+    return all(stat in _COMPILED for stat in spec.before) and set(spec.after) <= {DELTA_SQ}
+
+
 def _as_slice(item: Item, wanted: Sequence[Statistic]) -> Slice | None:
     """The slice for the compiled kernels; None where the reference path has to do it."""
     grad = item.shard.grad
@@ -129,6 +134,14 @@ class Sums:
         if slices:
             for (item, statistics), row in zip(compiled, sums(slices), strict=True):
                 self._add_row(phase, item, statistics, row)
+
+    def add_fused(self, items: Sequence[Item], rows: Tensor) -> None:
+        """Add rows `[num_items, 3]` of <g, d>, |d|^2 and, after the base step, |d|^2."""
+        for item, row in zip(items, rows, strict=True):
+            spec = item.part.rule.spec
+            self._add_row("before", item, spec.before, row)
+            for stat in spec.after:
+                self._add_cell((("after", stat), item.column), row[2])
 
     def _add_row(self, phase: Phase, item: Item, wanted: Sequence[Statistic], row: Tensor) -> None:
         for stat in wanted:

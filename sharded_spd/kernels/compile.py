@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("cpu.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_io.h", "cpu_adam.h"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
 _SECONDS = 120
 SWITCH = "SHARDED_SPD_KERNELS"
@@ -54,7 +54,10 @@ def _built() -> Path:
         [*compiler.split(), "--version"], capture_output=True, timeout=_SECONDS, check=True
     )
     key = hashlib.sha256(
-        _SOURCE.read_bytes() + repr(command).encode() + version.stdout + _processor()
+        b"".join(source.read_bytes() for source in _SOURCES)
+        + repr(command).encode()
+        + version.stdout
+        + _processor()
     ).hexdigest()
     folder = _folder()
     path = folder / f"cpu-{key[:20]}.so"
@@ -66,7 +69,7 @@ def _built() -> Path:
         if not path.is_file():
             beside = folder / f".{path.name}.{os.getpid()}"
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(beside)],
+                [*command, str(_SOURCES[0]), "-o", str(beside)],
                 capture_output=True, text=True, timeout=_SECONDS, check=True,
             )  # fmt: skip
             os.replace(beside, path)

@@ -1,5 +1,8 @@
-/* Sums of a slice in one pass over its memory, in float64, in an order that depends on its length alone. */
+/* Work on slices in one pass over their memory: the sums of the projection, and Adam's step with them.
 
+   Sums are made in float64, in an order that depends on a slice's length alone. */
+
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -17,35 +20,16 @@ typedef struct {
     double factor;
 } slice;
 
-static void load(double *restrict out, const char *restrict from, int64_t kind, int64_t begin, int64_t n) {
-    switch (kind) {
-    case F32: {
-        const float *p = (const float *)from + begin;
-        for (int64_t i = 0; i < n; i++) out[i] = p[i];
-        break;
-    }
-    case F64:
-        memcpy(out, (const double *)from + begin, n * sizeof(double));
-        break;
-    case BF16: {
-        const uint16_t *p = (const uint16_t *)from + begin;
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = (uint32_t)p[i] << 16;
-            float x;
-            memcpy(&x, &bits, sizeof x);
-            out[i] = x;
-        }
-        break;
-    }
-    case F16: {
-        const _Float16 *p = (const _Float16 *)from + begin;
-        for (int64_t i = 0; i < n; i++) out[i] = (float)p[i];
-        break;
-    }
-    default:
-        memset(out, 0, n * sizeof(double));
-    }
-}
+#define REAL double
+#define NAME(x) x##_f64
+#include "cpu_io.h"
+#undef REAL
+#undef NAME
+#define REAL float
+#define NAME(x) x##_f32
+#include "cpu_io.h"
+#undef REAL
+#undef NAME
 
 static double total(const double *lanes) {
     double halves[LANES];
@@ -55,25 +39,33 @@ static double total(const double *lanes) {
     return halves[0];
 }
 
+/* Adds (w - a)^2 to `square` and, where there is a gradient, factor * g * (w - a) to `dot`; w becomes w - a. */
+static void add_sums(double *restrict w, double *restrict a, double *restrict g, double factor, int64_t n,
+                     double *restrict square, double *restrict dot) {
+    int64_t even = (n + LANES - 1) / LANES * LANES;
+    for (int64_t i = n; i < even; i++) w[i] = a[i] = 0;
+    for (int64_t i = 0; i < even; i += LANES)
+        for (int l = 0; l < LANES; l++) {
+            double d = w[i + l] - a[i + l];
+            square[l] += d * d;
+            w[i + l] = d;
+        }
+    if (!g) return;
+    for (int64_t i = n; i < even; i++) g[i] = 0;
+    for (int64_t i = 0; i < even; i += LANES)
+        for (int l = 0; l < LANES; l++) dot[l] += g[i + l] * factor * w[i + l];
+}
+
 /* sums[0] = <factor * g, w - w0>, sums[1] = |w - w0|^2 of elements [begin, end). */
 static void chunk_sums(const slice *s, int64_t begin, int64_t end, double *sums) {
     double dot[LANES] = {0}, square[LANES] = {0};
     double w[PIECE], a[PIECE], g[PIECE];
     for (int64_t at = begin; at < end; at += PIECE) {
-        int64_t n = end - at < PIECE ? end - at : PIECE, even = (n + LANES - 1) / LANES * LANES;
-        load(w, s->weight, s->weight_kind, at, n);
-        load(a, s->anchor, s->anchor_kind, at, n);
-        if (s->grad_kind) load(g, s->grad, s->grad_kind, at, n);
-        for (int64_t i = n; i < even; i++) w[i] = a[i] = g[i] = 0;
-        for (int64_t i = 0; i < even; i += LANES)
-            for (int l = 0; l < LANES; l++) {
-                double d = w[i + l] - a[i + l];
-                square[l] += d * d;
-                w[i + l] = d;
-            }
-        if (s->grad_kind)
-            for (int64_t i = 0; i < even; i += LANES)
-                for (int l = 0; l < LANES; l++) dot[l] += g[i + l] * s->factor * w[i + l];
+        int64_t n = end - at < PIECE ? end - at : PIECE;
+        load_f64(w, s->weight, s->weight_kind, at, n);
+        load_f64(a, s->anchor, s->anchor_kind, at, n);
+        if (s->grad_kind) load_f64(g, s->grad, s->grad_kind, at, n);
+        add_sums(w, a, s->grad_kind ? g : 0, s->factor, n, square, dot);
     }
     sums[0] = total(dot);
     sums[1] = total(square);
@@ -103,5 +95,59 @@ void spd_sums(const slice *slices, int64_t num, int64_t chunks, double *partial,
         }
         out[2 * i] = dot;
         out[2 * i + 1] = square;
+    }
+}
+
+/* A slice whose parameter Adam steps: addresses, kinds, count, and the numbers of its group. */
+typedef struct {
+    char *weight;
+    const char *anchor, *grad;
+    char *mean, *square, *most; /* Adam's moments; `most` only with amsgrad */
+    int64_t weight_kind, anchor_kind, grad_kind, state_kind;
+    int64_t count, first_chunk;
+    double factor, beta1, beta2, eps, step_size, root_correction;
+} adam_slice;
+
+#define REAL double
+#define NAME(x) x##_f64
+#define SQRT sqrt
+#define FMA fma
+#include "cpu_adam.h"
+#undef REAL
+#undef NAME
+#undef SQRT
+#undef FMA
+#define REAL float
+#define NAME(x) x##_f32
+#define SQRT sqrtf
+#define FMA fmaf
+#include "cpu_adam.h"
+#undef REAL
+#undef NAME
+#undef SQRT
+#undef FMA
+
+/* Adam's step of every slice; `out` [num][3]: <factor * g, d>, |d|^2 and, after the step, |d|^2. */
+void spd_adam(const adam_slice *slices, int64_t num, int64_t chunks, double *partial, double *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < chunks; c++) {
+        int64_t low = 0, high = num - 1;
+        while (low < high) {
+            int64_t middle = (low + high + 1) / 2;
+            if (slices[middle].first_chunk <= c) low = middle;
+            else high = middle - 1;
+        }
+        const adam_slice *s = &slices[low];
+        int64_t begin = (c - s->first_chunk) * CHUNK;
+        int64_t end = begin + CHUNK < s->count ? begin + CHUNK : s->count;
+        if (s->weight_kind == F64) adam_chunk_f64(s, begin, end, partial + 3 * c);
+        else adam_chunk_f32(s, begin, end, partial + 3 * c);
+    }
+    for (int64_t i = 0; i < num; i++) {
+        int64_t last = i + 1 < num ? slices[i + 1].first_chunk : chunks;
+        double sums[3] = {0};
+        for (int64_t c = slices[i].first_chunk; c < last; c++)
+            for (int k = 0; k < 3; k++) sums[k] += partial[3 * c + k];
+        memcpy(out + 3 * i, sums, sizeof sums);
     }
 }
