@@ -127,6 +127,89 @@ typedef struct {
 #undef SQRT
 #undef FMA
 
+/* The common case, all in float32 (the anchor also in bfloat16, or none): eight elements at a time in registers. */
+typedef float f8 __attribute__((vector_size(32)));
+typedef double d8 __attribute__((vector_size(64)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+
+static inline f8 get8(const float *p) {
+    f8 x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline f8 anchor8(const char *p, int64_t kind, int64_t i) {
+    if (kind == F32) return get8((const float *)p + i);
+    if (kind == NONE) return (f8){0};
+    h8 half;
+    memcpy(&half, (const uint16_t *)p + i, sizeof half);
+    u8 bits = __builtin_convertvector(half, u8) << 16;
+    f8 x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline f8 root8(f8 x) {
+    f8 y;
+    for (int l = 0; l < 8; l++) y[l] = sqrtf(x[l]);
+    return y;
+}
+
+static inline f8 fma8(f8 a, f8 b, f8 c) {
+    f8 y;
+    for (int l = 0; l < 8; l++) y[l] = fmaf(a[l], b[l], c[l]);
+    return y;
+}
+
+static inline __attribute__((always_inline)) void adam_fast(const adam_slice *s, int64_t begin, int64_t end,
+                                                            double *sums, int64_t kind) {
+    float *w = (float *)s->weight, *m = (float *)s->mean, *v = (float *)s->square;
+    const float *g = (const float *)s->grad;
+    const float factor = (float)s->factor, rest1 = (float)(1 - s->beta1), rest2 = (float)(1 - s->beta2);
+    const float beta2 = (float)s->beta2, eps = (float)s->eps;
+    const float step = (float)s->step_size, root = (float)s->root_correction;
+    d8 dot[2] = {{0}}, before[2] = {{0}}, after[2] = {{0}};
+    for (int64_t i = begin; i < end; i += 16)
+        for (int u = 0; u < 2; u++) {
+            int64_t at = i + 8 * u;
+            f8 grad = get8(g + at) * factor, weight = get8(w + at), mean = get8(m + at), square = get8(v + at);
+            d8 a = __builtin_convertvector(anchor8(s->anchor, kind, at), d8);
+            d8 d = __builtin_convertvector(weight, d8) - a;
+            dot[u] += __builtin_convertvector(grad, d8) * d;
+            before[u] += d * d;
+            mean = fma8((f8){0} + rest1, grad - mean, mean);
+            square = fma8(rest2 * grad, grad, beta2 * square);
+            weight -= step * mean / (root8(square) / root + eps);
+            memcpy(m + at, &mean, sizeof mean);
+            memcpy(v + at, &square, sizeof square);
+            memcpy(w + at, &weight, sizeof weight);
+            d = __builtin_convertvector(weight, d8) - a;
+            after[u] += d * d;
+        }
+    d8 *all[3] = {dot, before, after};
+    for (int k = 0; k < 3; k++) {
+        double lanes[LANES];
+        memcpy(lanes, all[k], sizeof lanes);
+        sums[k] += total(lanes);
+    }
+}
+
+static int is_fast(const adam_slice *s) {
+    return s->weight_kind == F32 && s->grad_kind == F32 && s->state_kind == F32 && !s->most &&
+           (s->anchor_kind == F32 || s->anchor_kind == BF16 || s->anchor_kind == NONE);
+}
+
+static void adam_chunk_fast(const adam_slice *s, int64_t begin, int64_t end, double *sums) {
+    int64_t even = begin + (end - begin) / 16 * 16;
+    adam_chunk_f32(s, even, end, sums);
+    switch (s->anchor_kind) {
+    case F32: adam_fast(s, begin, even, sums, F32); break;
+    case BF16: adam_fast(s, begin, even, sums, BF16); break;
+    default: adam_fast(s, begin, even, sums, NONE);
+    }
+}
+
 /* Adam's step of every slice; `out` [num][3]: <factor * g, d>, |d|^2 and, after the step, |d|^2. */
 void spd_adam(const adam_slice *slices, int64_t num, int64_t chunks, double *partial, double *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -140,7 +223,8 @@ void spd_adam(const adam_slice *slices, int64_t num, int64_t chunks, double *par
         const adam_slice *s = &slices[low];
         int64_t begin = (c - s->first_chunk) * CHUNK;
         int64_t end = begin + CHUNK < s->count ? begin + CHUNK : s->count;
-        if (s->weight_kind == F64) adam_chunk_f64(s, begin, end, partial + 3 * c);
+        if (is_fast(s)) adam_chunk_fast(s, begin, end, partial + 3 * c);
+        else if (s->weight_kind == F64) adam_chunk_f64(s, begin, end, partial + 3 * c);
         else adam_chunk_f32(s, begin, end, partial + 3 * c);
     }
     for (int64_t i = 0; i < num; i++) {
