@@ -16,7 +16,12 @@ from sharded_spd.sums import Item
 
 
 def may_fuse(optimizer: Optimizer) -> bool:
-    """Whether the groups ask for what the kernel does: torch's fused Adam, without a scaler, on the host."""
+    """Whether the groups ask for what the kernel does: torch's fused Adam, without a scaler, and pulls.
+
+    Without any strength it is torch's own step that is asked for, to the last bit.
+    """
+    if not any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] for g in optimizer.param_groups):
+        return False
     if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
         return False
     return all(_plain(group) for group in optimizer.param_groups)

@@ -146,6 +146,8 @@ def _tasks() -> Iterator[Task]:
         for toy in seam_cases.TOYS:
             yield from _cross(engine, world, seam_cases.toy_rule, world // 4, toy=toy)
             yield from _cross(engine, world, seam_cases.toy_resumes, world // 4, toy=toy)
+    for engine in ("fsdp1", "fsdp1_flat", "zero_redundancy"):
+        yield Task("fused", engine, 2, cases.fused, {"dtype": torch.float64, "mixed": False})
     for engine, world in (*FSDP1, *FAIRSCALE):
         yield Task("anchors_of_a_shard", engine, world, older_cases.anchors_of_a_shard)
     for engine, world in (("fsdp1", 2), ("fsdp1_flat", 2), ("fairscale_fsdp", 2)):

@@ -96,6 +96,10 @@ def _oracle() -> Iterator[Task]:
     yield from _cross((("single", 1), *FSDP2), cases.thawed)
     yield from _cross(REPLICATED, cases.accumulated)
     yield from _cross((*REPLICATED, ("fsdp2_tp", 4)), cases.eval_between)
+    for dtype in (torch.float64, torch.float32):
+        label = str(dtype).removeprefix("torch.")
+        for cell in (("single", 1), ("ddp", 2), *FSDP2, ("hsdp", 4), ("tp", 2), ("fsdp2_offload", 2)):
+            yield Task(f"fused-{label}", *cell, cases.fused, {"dtype": dtype})
     for fused in (False, True):
         yield from _cross((("single", 1), *REPLICATED), cases.scaled, label=f"fused{fused}", fused=fused)
     for reshard, forms in ((True, FORMS), (False, ("attached",))):
