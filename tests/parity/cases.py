@@ -376,7 +376,7 @@ def fused(engine: Engine, *, dtype: torch.dtype, mixed: bool = True) -> None:
             of["head.weight"] = replace(SPD, rule="l2sp")
         training = Training(engine, start, of, form="adam_spd", fused=True, amsgrad=amsgrad)
         oracle, pulled = Oracle(start, start, of, amsgrad=amsgrad), 0
-        missing = {3: ["embed.weight"], 4: list(start)}
+        missing = {3: ["embed.weight"], 4: list(start)[1:]} if mixed else {}
         for t, given in enumerate(gradients(start, 10, missing=missing)):
             training.step(given)
             pulled += sum(stats.s != 0 for stats in oracle.step(given).values())
