@@ -188,11 +188,31 @@ def check_groups(own: Sequence[Any], saved: Any, where: object) -> None:
                 f"{where}: param group {g} ({', '.join(sorted(params)[:3])}, ...) was cut otherwise when "
                 "it was saved; wanted the same param groups"
             )
+        for key, value in group.items() if known else ():
+            if key != "params" and not _alike(value, saved[match[0]].get(key, value)):
+                raise CheckpointError(
+                    f"{where}: is damaged: {key} of param group {g} is {saved[match[0]][key]!r:.80}"
+                )
         if known and ruled[match[0]] and "rule" not in group:
             raise CheckpointError(
                 f"{where}: was written by AdamSPD, whose weight_decay is lambda; wanted AdamSPD, got another "
                 "optimizer"
             )
+
+
+def _alike(own: Any, saved: Any) -> bool:
+    """Whether an encoded setting may stand in the place of another: a number of a number, and so on."""
+    if isinstance(own, bool):
+        return saved is None or isinstance(saved, bool)
+    if isinstance(own, (int, float)):
+        tagged = isinstance(saved, dict) and saved.keys() <= {"$tensor", "$float"}
+        return tagged or (isinstance(saved, (int, float)) and not isinstance(saved, bool))
+    if isinstance(own, dict) and "$tuple" in own:
+        theirs = saved.get("$tuple") if isinstance(saved, dict) else None
+        if not isinstance(theirs, list) or len(theirs) != len(own["$tuple"]):
+            return False
+        return all(_alike(x, y) for x, y in zip(own["$tuple"], theirs, strict=True))
+    return True
 
 
 def merge_groups(own: Sequence[Any], saved: Sequence[Any]) -> list[Any]:

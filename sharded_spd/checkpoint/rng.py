@@ -40,7 +40,7 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
     """
     try:
         _set(state)
-    except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"the saved random numbers are damaged: {error}") from None
 
 

@@ -79,14 +79,6 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def all_agree(self, problem: str | None) -> str | None:
-        """The first rank's problem in rank order, on every rank; None where no rank has one. Collective."""
-        if self.size == 1:
-            return problem
-        problems: list[str | None] = [None] * self.size
-        dist.all_gather_object(problems, problem)
-        return next((text for text in problems if text), None)
-
 
 def started_as_rank() -> bool:
     """Whether a launcher (torchrun, or this command) started this process as a rank."""
