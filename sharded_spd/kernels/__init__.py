@@ -1,1 +1,6 @@
-"""The work on elements: pulling weights. `reference` is plain torch and always there."""
+"""Fused kernels: the sums, Adam's step with them, and the pull, of many slices in one call."""
+
+from sharded_spd.kernels.base import ADAM_NUMBERS, FORMED, Backend, Moments, Slice, Table
+from sharded_spd.kernels.choose import REFERENCE, kernels_for
+
+__all__ = ["ADAM_NUMBERS", "FORMED", "REFERENCE", "Backend", "Moments", "Slice", "Table", "kernels_for"]

@@ -14,7 +14,8 @@ enum { NONE = 0, F32 = 1, F64 = 2, BF16 = 3, F16 = 4 };
 
 /* One slice, as nine 64-bit numbers: addresses, kinds, count, bits of the gradient's factor (a double). */
 typedef struct {
-    const char *weight, *anchor, *grad;
+    char *weight;
+    const char *anchor, *grad;
     int64_t weight_kind, anchor_kind, grad_kind;
     int64_t count, first_chunk;
     double factor;
@@ -57,56 +58,65 @@ static void add_sums(double *restrict w, double *restrict a, double *restrict g,
 }
 
 /* sums[0] = <factor * g, w - w0>, sums[1] = |w - w0|^2 of elements [begin, end). */
-static void chunk_sums(const slice *s, int64_t begin, int64_t end, double *sums) {
+static void chunk_sums(const slice *s, int grads, int64_t begin, int64_t end, double *sums) {
     double dot[LANES] = {0}, square[LANES] = {0};
     double w[PIECE], a[PIECE], g[PIECE];
     for (int64_t at = begin; at < end; at += PIECE) {
         int64_t n = end - at < PIECE ? end - at : PIECE;
         load_f64(w, s->weight, s->weight_kind, at, n);
         load_f64(a, s->anchor, s->anchor_kind, at, n);
-        if (s->grad_kind) load_f64(g, s->grad, s->grad_kind, at, n);
-        add_sums(w, a, s->grad_kind ? g : 0, s->factor, n, square, dot);
+        if (grads) load_f64(g, s->grad, s->grad_kind, at, n);
+        add_sums(w, a, grads ? g : 0, s->factor, n, square, dot);
     }
     sums[0] = total(dot);
     sums[1] = total(square);
 }
 
-/* `slices` [num]; `partial` [chunks][2] is scratch; `out` [num][2]. */
-void spd_sums(const slice *slices, int64_t num, int64_t chunks, double *partial, double *out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < chunks; c++) {
-        int64_t low = 0, high = num - 1; /* the last slice whose first chunk is not after c */
-        while (low < high) {
-            int64_t middle = (low + high + 1) / 2;
-            if (slices[middle].first_chunk <= c) low = middle;
-            else high = middle - 1;
-        }
-        const slice *s = &slices[low];
-        int64_t begin = (c - s->first_chunk) * CHUNK;
-        int64_t end = begin + CHUNK < s->count ? begin + CHUNK : s->count;
-        chunk_sums(s, begin, end, partial + 2 * c);
+/* The slice that chunk `c` belongs to, and which elements of it the chunk is. */
+static int64_t find(const slice *slices, int64_t num, int64_t c, int64_t *begin, int64_t *end) {
+    int64_t low = 0, high = num - 1; /* the last slice whose first chunk is not after c */
+    while (low < high) {
+        int64_t middle = (low + high + 1) / 2;
+        if (slices[middle].first_chunk <= c) low = middle;
+        else high = middle - 1;
     }
+    *begin = (c - slices[low].first_chunk) * CHUNK;
+    *end = *begin + CHUNK < slices[low].count ? *begin + CHUNK : slices[low].count;
+    return low;
+}
+
+/* The partial sums `partial` [chunks][columns] of each slice, one after the other: `out` [num][columns]. */
+static void add_up(const slice *slices, int64_t num, int64_t chunks, const double *partial, double *out, int columns) {
     for (int64_t i = 0; i < num; i++) {
         int64_t last = i + 1 < num ? slices[i + 1].first_chunk : chunks;
-        double dot = 0, square = 0;
-        for (int64_t c = slices[i].first_chunk; c < last; c++) {
-            dot += partial[2 * c];
-            square += partial[2 * c + 1];
+        for (int k = 0; k < columns; k++) {
+            double sum = 0;
+            for (int64_t c = slices[i].first_chunk; c < last; c++) sum += partial[columns * c + k];
+            out[columns * i + k] = sum;
         }
-        out[2 * i] = dot;
-        out[2 * i + 1] = square;
     }
 }
 
-/* A slice whose parameter Adam steps: addresses, kinds, count, and the numbers of its group. */
+/* `slices` [num]; `partial` [chunks][2] is scratch; `out` [num][2]. */
+void spd_sums(const slice *slices, int64_t num, int64_t chunks, double *partial, double *out, int threads,
+              int grads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < chunks; c++) {
+        int64_t begin, end, i = find(slices, num, c, &begin, &end);
+        chunk_sums(&slices[i], grads && slices[i].grad_kind, begin, end, partial + 2 * c);
+    }
+    add_up(slices, num, chunks, partial, out, 2);
+}
+
+/* Adam's moments of a slice; `most` only with amsgrad. */
 typedef struct {
-    char *weight;
-    const char *anchor, *grad;
-    char *mean, *square, *most; /* Adam's moments; `most` only with amsgrad */
-    int64_t weight_kind, anchor_kind, grad_kind, state_kind;
-    int64_t count, first_chunk;
-    double factor, beta1, beta2, eps, step_size, root_correction;
-} adam_slice;
+    char *mean, *square, *most;
+    int64_t kind;
+} moments;
+
+typedef struct {
+    double beta1, beta2, eps, step_size, root_correction;
+} numbers;
 
 #define REAL double
 #define NAME(x) x##_f64
@@ -162,13 +172,14 @@ static inline f8 fma8(f8 a, f8 b, f8 c) {
     return y;
 }
 
-static inline __attribute__((always_inline)) void adam_fast(const adam_slice *s, int64_t begin, int64_t end,
-                                                            double *sums, int64_t kind) {
-    float *w = (float *)s->weight, *m = (float *)s->mean, *v = (float *)s->square;
+static inline __attribute__((always_inline)) void adam_fast(const slice *s, const moments *o, const numbers *x,
+                                                            int64_t begin, int64_t end, double *sums,
+                                                            int64_t kind) {
+    float *w = (float *)s->weight, *m = (float *)o->mean, *v = (float *)o->square;
     const float *g = (const float *)s->grad;
-    const float factor = (float)s->factor, rest1 = (float)(1 - s->beta1), rest2 = (float)(1 - s->beta2);
-    const float beta2 = (float)s->beta2, eps = (float)s->eps;
-    const float step = (float)s->step_size, root = (float)s->root_correction;
+    const float factor = (float)s->factor, rest1 = (float)(1 - x->beta1), rest2 = (float)(1 - x->beta2);
+    const float beta2 = (float)x->beta2, eps = (float)x->eps;
+    const float step = (float)x->step_size, root = (float)x->root_correction;
     d8 dot[2] = {{0}}, before[2] = {{0}}, after[2] = {{0}};
     for (int64_t i = begin; i < end; i += 16)
         for (int u = 0; u < 2; u++) {
@@ -195,43 +206,55 @@ static inline __attribute__((always_inline)) void adam_fast(const adam_slice *s,
     }
 }
 
-static int is_fast(const adam_slice *s) {
-    return s->weight_kind == F32 && s->grad_kind == F32 && s->state_kind == F32 && !s->most &&
+static int is_fast(const slice *s, const moments *o) {
+    return s->weight_kind == F32 && s->grad_kind == F32 && o->kind == F32 && !o->most &&
            (s->anchor_kind == F32 || s->anchor_kind == BF16 || s->anchor_kind == NONE);
 }
 
-static void adam_chunk_fast(const adam_slice *s, int64_t begin, int64_t end, double *sums) {
+static void adam_chunk_fast(const slice *s, const moments *o, const numbers *x, int64_t begin, int64_t end,
+                            double *sums) {
     int64_t even = begin + (end - begin) / 16 * 16;
-    adam_chunk_f32(s, even, end, sums);
+    adam_chunk_f32(s, o, x, even, end, sums);
     switch (s->anchor_kind) {
-    case F32: adam_fast(s, begin, even, sums, F32); break;
-    case BF16: adam_fast(s, begin, even, sums, BF16); break;
-    default: adam_fast(s, begin, even, sums, NONE);
+    case F32: adam_fast(s, o, x, begin, even, sums, F32); break;
+    case BF16: adam_fast(s, o, x, begin, even, sums, BF16); break;
+    default: adam_fast(s, o, x, begin, even, sums, NONE);
     }
 }
 
 /* Adam's step of every slice; `out` [num][3]: <factor * g, d>, |d|^2 and, after the step, |d|^2. */
-void spd_adam(const adam_slice *slices, int64_t num, int64_t chunks, double *partial, double *out, int threads) {
+void spd_adam(const slice *slices, int64_t num, int64_t chunks, double *partial, double *out, int threads,
+              const moments *all, const numbers *each) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < chunks; c++) {
-        int64_t low = 0, high = num - 1;
-        while (low < high) {
-            int64_t middle = (low + high + 1) / 2;
-            if (slices[middle].first_chunk <= c) low = middle;
-            else high = middle - 1;
-        }
-        const adam_slice *s = &slices[low];
-        int64_t begin = (c - s->first_chunk) * CHUNK;
-        int64_t end = begin + CHUNK < s->count ? begin + CHUNK : s->count;
-        if (is_fast(s)) adam_chunk_fast(s, begin, end, partial + 3 * c);
-        else if (s->weight_kind == F64) adam_chunk_f64(s, begin, end, partial + 3 * c);
-        else adam_chunk_f32(s, begin, end, partial + 3 * c);
+        int64_t begin, end, i = find(slices, num, c, &begin, &end);
+        const slice *s = &slices[i];
+        double *sums = partial + 3 * c;
+        if (is_fast(s, &all[i])) adam_chunk_fast(s, &all[i], &each[i], begin, end, sums);
+        else if (s->weight_kind == F64) adam_chunk_f64(s, &all[i], &each[i], begin, end, sums);
+        else adam_chunk_f32(s, &all[i], &each[i], begin, end, sums);
     }
-    for (int64_t i = 0; i < num; i++) {
-        int64_t last = i + 1 < num ? slices[i + 1].first_chunk : chunks;
-        double sums[3] = {0};
-        for (int64_t c = slices[i].first_chunk; c < last; c++)
-            for (int k = 0; k < 3; k++) sums[k] += partial[3 * c + k];
-        memcpy(out + 3 * i, sums, sizeof sums);
+    add_up(slices, num, chunks, partial, out, 3);
+}
+
+#define REAL double
+#define NAME(x) x##_f64
+#include "cpu_pull.h"
+#undef REAL
+#undef NAME
+#define REAL float
+#define NAME(x) x##_f32
+#include "cpu_pull.h"
+#undef REAL
+#undef NAME
+
+/* Pulls every slice by its share `pull` [num] of the way back to its anchor; a share of 0 touches nothing. */
+void spd_pull(const slice *slices, int64_t num, int64_t chunks, const double *pull, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (int64_t c = 0; c < chunks; c++) {
+        int64_t begin, end, i = find(slices, num, c, &begin, &end);
+        if (pull[i] == 0) continue;
+        if (slices[i].weight_kind == F64) pull_chunk_f64(&slices[i], pull[i], begin, end);
+        else pull_chunk_f32(&slices[i], pull[i], begin, end);
     }
 }

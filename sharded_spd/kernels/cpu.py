@@ -3,127 +3,115 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sharded_spd.kernels.base import Moments, Slice, Table
 from sharded_spd.kernels.compile import load_library
 
 _CHUNK = 65536  # as in cpu.c
 _KINDS = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
 _ROW = struct.Struct("=8qd")
-_ADAM_ROW = struct.Struct("=12q6d")
+_MOMENTS_ROW = struct.Struct("=4q")
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """1-D tensors of one slice; `anchor` None stands for zero, `grad` None where none is wanted."""
+class CpuKernels:
+    """C, compiled on first use; see `Backend`."""
 
-    weight: Tensor
-    anchor: Tensor | None
-    grad: Tensor | None
-    grad_factor: float = 1.0
+    name = "cpu"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def takes(self, *tensors: Tensor | None) -> bool:
+        """See `Backend`."""
+        for t in tensors:
+            if t is not None and not (
+                t.is_cpu
+                and t.dtype in _KINDS
+                and t.is_contiguous()
+                and (type(t) is Tensor or type(t) is torch.nn.Parameter)
+            ):
+                return False
+        return True
+
+    def table(self, slices: Sequence[Slice], last: Table | None = None) -> Table:
+        """See `Backend`."""
+        return CpuTable(self._library, slices)
 
 
-def can_sum(*tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels are there and read these tensors."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter):
-            return False
-        if tensor.device.type != "cpu" or tensor.dtype not in _KINDS or not tensor.is_contiguous():
-            return False
-    return load_library() is not None
+class CpuTable:
+    """Addresses of slices, as the C code reads them; see `Table`."""
 
+    def __init__(self, library: ctypes.CDLL, slices: Sequence[Slice]) -> None:
+        self._library = library
+        self._slices = slices
+        rows, chunk = [], 0
+        pack, kinds = _ROW.pack, _KINDS
+        for s in slices:
+            weight, anchor, grad, factor = s.weight, s.anchor, s.grad, s.grad_factor
+            rows.append(
+                pack(
+                    weight.data_ptr() + s.offset * weight.itemsize,
+                    0 if anchor is None else anchor.data_ptr(),  # type: ignore[attr-defined]
+                    0 if grad is None else grad.data_ptr() + s.offset * grad.itemsize,
+                    kinds[weight.dtype],
+                    0 if anchor is None else kinds[anchor.dtype],
+                    0 if grad is None else kinds[grad.dtype],
+                    s.numel,
+                    chunk,
+                    factor if isinstance(factor, float) else float(factor),
+                )
+            )
+            chunk += -(-s.numel // _CHUNK)
+        self._rows, self._chunks = b"".join(rows), chunk
 
-def sums(slices: Sequence[Slice]) -> Tensor:
-    """<g, w - w0> and |w - w0|^2 of each slice, float64 `[len(slices), 2]`.
+    def sums(self, *, grads: bool) -> Tensor:
+        """See `Table`."""
+        return self._call(self._library.spd_sums, 2, ctypes.c_int(grads))
 
-    Added up in an order that depends on a slice's length alone, not on the number of threads.
-    """
-    library = load_library()
-    if library is None:
-        raise RuntimeError("the compiled kernels are not there; ask can_sum first")
-    table, chunks = bytearray(), 0
-    for s in slices:
-        table += _ROW.pack(
-            *_addresses(s.weight, s.anchor, s.grad),
-            *_kinds(s.weight, s.anchor, s.grad),
-            s.weight.numel(),
-            chunks,
-            s.grad_factor,
+    def adam_(self, moments: Sequence[Moments], numbers: Tensor) -> Tensor:
+        """See `Table`."""
+        rows = []
+        for s, m in zip(self._slices, moments, strict=True):
+            at = s.offset * m.mean.itemsize
+            most = 0 if m.most is None else m.most.data_ptr() + at
+            mean, square = m.mean.data_ptr() + at, m.square.data_ptr() + at
+            rows.append(_MOMENTS_ROW.pack(mean, square, most, _KINDS[m.mean.dtype]))
+        numbers = numbers.contiguous()
+        return self._call(self._library.spd_adam, 3, b"".join(rows), ctypes.c_void_p(numbers.data_ptr()))
+
+    def pull_(self, s: Tensor) -> None:
+        """See `Table`."""
+        s = s.contiguous()
+        self._library.spd_pull(
+            self._rows,
+            ctypes.c_int64(len(self._slices)),
+            ctypes.c_int64(self._chunks),
+            ctypes.c_void_p(s.data_ptr()),
+            ctypes.c_int(torch.get_num_threads()),
         )
-        chunks += -(-s.weight.numel() // _CHUNK)
-    return _call(library.spd_sums, table, len(slices), chunks, columns=2)
 
-
-@dataclass(frozen=True, slots=True)
-class AdamSlice:
-    """What Adam steps of a slice, 1-D: its moments (`most` with amsgrad only) and the numbers of its group.
-
-    `step` counts this step, too.
-    """
-
-    slice: Slice
-    mean: Tensor
-    square: Tensor
-    most: Tensor | None
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    step: float
-
-
-def adam(slices: Sequence[AdamSlice]) -> Tensor:
-    """Step every slice as torch's fused Adam does (modified in place), and sum on the way.
-
-    Returns <g, d>, |d|^2 before the step and |d|^2 after it, float64 `[len(slices), 3]`; d = w - w0.
-    """
-    library = load_library()
-    if library is None:
-        raise RuntimeError("the compiled kernels are not there; ask can_sum first")
-    table, chunks = bytearray(), 0
-    for a in slices:
-        s = a.slice
-        table += _ADAM_ROW.pack(
-            *_addresses(s.weight, s.anchor, s.grad, a.mean, a.square, a.most),
-            *_kinds(s.weight, s.anchor, s.grad, a.mean),
-            s.weight.numel(),
-            chunks,
-            s.grad_factor,
-            *a.betas,
-            a.eps,
-            a.lr / (1 - a.betas[0] ** a.step),
-            math.sqrt(1 - a.betas[1] ** a.step),
+    def _call(self, function: Callable[..., object], columns: int, *more: object) -> Tensor:
+        num = len(self._slices)
+        out = torch.empty(num, columns, dtype=torch.float64)
+        partial = torch.empty(max(self._chunks, 1), columns, dtype=torch.float64)
+        function(
+            self._rows,
+            ctypes.c_int64(num),
+            ctypes.c_int64(self._chunks),
+            ctypes.c_void_p(partial.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int(torch.get_num_threads()),
+            *more,
         )
-        chunks += -(-s.weight.numel() // _CHUNK)
-    return _call(library.spd_adam, table, len(slices), chunks, columns=3)
+        return out
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _kinds(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else _KINDS[t.dtype] for t in tensors]
-
-
-def _call(
-    function: Callable[..., object], table: bytearray, num: int, chunks: int, *, columns: int
-) -> Tensor:
-    out = torch.empty(num, columns, dtype=torch.float64)
-    partial = torch.empty(max(chunks, 1), columns, dtype=torch.float64)
-    function(
-        (ctypes.c_char * len(table)).from_buffer(table),
-        ctypes.c_int64(num),
-        ctypes.c_int64(chunks),
-        ctypes.c_void_p(partial.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int(torch.get_num_threads()),
-    )
-    return out
+def cpu_kernels() -> CpuKernels | None:
+    """The compiled kernels; None where there are none."""
+    library = load_library()
+    return None if library is None else CpuKernels(library)

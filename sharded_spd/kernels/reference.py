@@ -1,12 +1,90 @@
-"""The reference path: plain torch, chunk by chunk, on any device and dtype."""
+"""The reference backend: plain torch, chunk by chunk, on any device and dtype."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
-from sharded_spd.stats import CHUNK
+from sharded_spd.kernels.base import Moments, Slice, Table
+from sharded_spd.stats import CHUNK, DELTA_SQ, GRAD_DOT_DELTA, Block, Statistic, layer_sums
+
+
+class ReferenceKernels:
+    """Takes everything, values that are read in chunks too; see `Backend`."""
+
+    name = "reference"
+
+    def takes(self, *tensors: Tensor | None) -> bool:
+        """See `Backend`."""
+        return True
+
+    def table(self, slices: Sequence[Slice], last: Table | None = None) -> Table:
+        """See `Backend`."""
+        return ReferenceTable(slices)
+
+
+class ReferenceTable:
+    """See `Table`."""
+
+    def __init__(self, slices: Sequence[Slice]) -> None:
+        self._slices = slices
+
+    def sums(self, *, grads: bool) -> Tensor:
+        """See `Table`."""
+        rows = []
+        for s in self._slices:
+            wanted: tuple[Statistic, ...] = (GRAD_DOT_DELTA, DELTA_SQ) if grads and s.grad is not None else (DELTA_SQ,)
+            found = layer_sums(_blocks(s, grads=len(wanted) > 1), wanted)
+            zero = torch.zeros((), dtype=torch.float64, device=s.weight.device)
+            rows.append(torch.stack([zero] * (2 - len(found)) + found if found else [zero, zero]))
+        return torch.stack(rows) if rows else torch.empty(0, 2, dtype=torch.float64)
+
+    def adam_(self, moments: Sequence[Moments], numbers: Tensor) -> Tensor:
+        """See `Table`."""
+        before = self.sums(grads=True)
+        for s, m, x in zip(self._slices, moments, numbers, strict=True):
+            _adam(s, m, x)
+        return torch.cat([before, self.sums(grads=False)[:, 1:]], dim=1)
+
+    def pull_(self, s: Tensor) -> None:
+        """See `Table`."""
+        for own, share in zip(self._slices, s, strict=True):
+            pull_(own.flat_weight(), own.anchor, share)
+
+
+def _blocks(s: Slice, *, grads: bool) -> Iterator[Block]:
+    weight, grad = s.flat_weight(), s.flat_grad() if grads else None
+    for begin in range(0, s.numel, CHUNK):
+        cut = slice(begin, min(begin + CHUNK, s.numel))
+        anchor = None if s.anchor is None else s.anchor[cut]
+        yield Block(weight[cut], anchor, None if grad is None else grad[cut], s.grad_factor)
+
+
+def _adam(s: Slice, m: Moments, numbers: Tensor) -> None:
+    weight, grad = s.flat_weight(), s.flat_grad()
+    if grad is None:
+        return
+    cut = slice(s.offset, s.offset + s.numel)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rest1, rest2 = (1 - numbers[:2]).to(dtype)
+    _, beta2, eps, step_size, root = numbers.to(dtype)
+    grad = grad.to(dtype) * s.grad_factor
+    kept = [t.view(-1)[cut] for t in (m.mean, m.square)]
+    mean, square = (t.to(dtype) for t in kept)
+    mean = torch.lerp(mean, grad, rest1)
+    square = beta2 * square + rest2 * grad * grad
+    second = square
+    if m.most is not None:
+        most = m.most.view(-1)[cut]
+        second = torch.maximum(most.to(dtype), square)
+        most.copy_(second)
+    weight.copy_(weight.to(dtype) - step_size * mean / (second.sqrt() / root + eps))
+    # Rounded after their use: in float16 the second one would vanish before it.
+    for old, new in zip(kept, (mean, square), strict=True):
+        old.copy_(new)
 
 
 def _pull_chunk(weight: Tensor, anchor: Tensor | None, s: Tensor) -> Tensor:
