@@ -48,7 +48,7 @@ class Roster:
                     index,
                     plan.column[piece.layer],
                     shard,
-                    Slice(shard.tensor, piece.offset, piece.numel, None),
+                    Slice(_GONE.tensor, piece.offset, piece.numel, None),
                     row_spans(piece, binding.layout.shapes[piece.layer]) if by_row else [],
                     plan.shard_states.get(piece.layer, {}),
                     settled=not part.rule.spec.anchored,
@@ -56,7 +56,8 @@ class Roster:
             )
         self.wholes = self._find_wholes()
         """The optimizer's tensors that a kernel may step with their sums, and the items that cover each."""
-        self.let_go(self.items)
+        for item in self.items:
+            item.shard = _GONE
 
     def _find_wholes(self) -> dict[Tensor, list[Item]]:
         found: dict[Tensor, list[Item]] = {}
