@@ -34,12 +34,12 @@ _MANY = ("adamw_fused", "copy", "adamw_foreach", "adamspd_fused", "attach_fused"
 def quick(base: Case) -> list[Case]:
     """The default case, many small layers, two ranks."""
     return [
-        replace(base, seconds=9.0),
+        replace(base, seconds=6.0),
         replace(
             base, series="layers", shape="layered", parameters=5_000_000, layers=2000,
-            seconds=4.0, variants=tuple(v for v in VARIANTS if v != "adamspd_reference"),
+            seconds=2.0, variants=tuple(v for v in VARIANTS if v != "adamspd_reference"),
         ),
-        replace(base, series="ranks", ranks=2, threads=1, seconds=6.0,
+        replace(base, series="ranks", ranks=2, threads=1, seconds=3.0,
                 variants=(*_MANY, "naive_dtensor")),
     ]  # fmt: skip
 
@@ -69,9 +69,7 @@ def full(base: Case) -> list[Case]:
                 continue
             if place == "cpu" and base.device == "cpu":
                 continue  # on a CPU that is with the weights
-            cases.append(
-                replace(base, series="anchor", anchor_dtype=dtype, anchor_place=place, variants=spd)
-            )
+            cases.append(replace(base, series="anchor", anchor_dtype=dtype, anchor_place=place, variants=spd))
     half = replace(base, series="dtype", dtype="bfloat16", anchor_dtype="bfloat16")
     return [*cases, half]
 
@@ -139,7 +137,9 @@ def main() -> int:
             result = launch(run_case, case.ranks, (case,))
         except RuntimeError as error:
             console.print(f"{case.title}: [bold]failed[/bold]\n{error}", highlight=False)
-            report["results"].append({"case": asdict(case), "variants": [], "skipped": [], "error": str(error)})
+            report["results"].append(
+                {"case": asdict(case), "variants": [], "skipped": [], "error": str(error)}
+            )
             continue
         report["results"].append({"case": asdict(case), **result})
         print_case(console, case, result)
@@ -154,7 +154,9 @@ def main() -> int:
             f"commit {str(report['commit'])[:10]}, {report['date'][:10]}"
         )
         draw(given.out / "step_cost.png", done, caption)
-    console.print(f"{report['seconds']:.0f} s; written to {given.out}/step_cost.json and .png", highlight=False)
+    console.print(
+        f"{report['seconds']:.0f} s; written to {given.out}/step_cost.json and .png", highlight=False
+    )
     return int(len(done) < len(cases))
 
 

@@ -100,4 +100,6 @@ class Wire(TorchDispatchMode):
 
     @property
     def all_reduces(self) -> int:
-        return sum(count for name, count in self.calls.items() if name.startswith(("allreduce", "all_reduce")))
+        return sum(
+            count for name, count in self.calls.items() if name.startswith(("allreduce", "all_reduce"))
+        )

@@ -40,7 +40,8 @@ class Gradients:
         generator = torch.Generator().manual_seed(1 + rank)
         for p in like:
             own = local(p)
-            z = torch.randn(own.shape, generator=generator).to(own.device, own.dtype) * -0.01
+            z = torch.empty(own.shape).uniform_(-0.01, 0.01, generator=generator)
+            z = z.to(own.device, own.dtype)
             if isinstance(p, DTensor):
                 z = DTensor.from_local(
                     z, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import shlex
@@ -86,6 +88,14 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
+def _give_back() -> None:
+    """Have the allocator return what is free, so that it is not counted, and not used again unseen."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class MemoryWatch:
     """How much a block of code adds to this process's memory, and to its peak; on CUDA the allocator's."""
 
@@ -101,6 +111,7 @@ class MemoryWatch:
             torch.cuda.reset_peak_memory_stats()
             self._held = self._peak = torch.cuda.memory_allocated()
         else:
+            _give_back()
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             self._held, self._peak = resident("RssAnon"), resident("VmRSS")
         return self
@@ -112,5 +123,7 @@ class MemoryWatch:
             torch.cuda.synchronize()
             held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         else:
-            held, peak = resident("RssAnon"), resident("VmHWM")
+            peak = resident("VmHWM")
+            _give_back()
+            held = resident("RssAnon")
         self.held, self.peak = held - self._held, peak - self._peak

@@ -15,7 +15,9 @@ from typing import Any
 _PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.testing", "sharded_spd"]
 
 
-def launch(function: Callable[..., Any], world: int, arguments: tuple[Any, ...], limit: float = 3600.0) -> Any:
+def launch(
+    function: Callable[..., Any], world: int, arguments: tuple[Any, ...], limit: float = 3600.0
+) -> Any:
     """What `function(rank, folder, *arguments)` returned on rank 0, which has to be JSON.
 
     Raises:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.case import Case
 from rich.console import Console
 from rich.table import Table
+
+from bench.case import Case
 
 NAMES = {
     "adamw_fused": "AdamW, torch fused",
@@ -27,7 +28,18 @@ def print_case(console: Console, case: Case, result: dict[str, Any]) -> None:
     """One table, the variants in rows."""
     table = Table(title=case.title, title_justify="left", expand=False)
     table.add_column("")
-    for head in ("ms", "/ AdamW", "/ copy", "B/param", "least", "coll.", "payload B", "waiting", "held", "peak"):
+    for head in (
+        "ms",
+        "/ AdamW",
+        "/ copy",
+        "B/param",
+        "least",
+        "coll.",
+        "payload B",
+        "waiting",
+        "held",
+        "peak",
+    ):
         table.add_column(head, justify="right")
     for own in result["variants"]:
         least = own["least_bytes_per_parameter"]
@@ -41,8 +53,8 @@ def print_case(console: Console, case: Case, result: dict[str, Any]) -> None:
             str(sum(own["collectives"].values())),
             str(own["payload_bytes"]),
             f"{own['collective_share']:.1%}",
-            f"{own['held_bytes_per_parameter']:.1f}",
-            f"{own['peak_bytes_per_parameter']:.1f}",
+            _ratio(own["held_bytes_per_parameter"], 1),
+            _ratio(own["peak_bytes_per_parameter"], 1),
         )
     console.print(table)
     for line in result["skipped"]:

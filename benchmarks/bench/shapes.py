@@ -74,6 +74,6 @@ def initial_values(
     generator = torch.Generator().manual_seed(0)
     for block in blocks:
         yield {
-            name: (torch.randn(shape, generator=generator) * 0.02).bfloat16().to(device, dtype)
+            name: torch.empty(shape).uniform_(-0.03, 0.03, generator=generator).bfloat16().to(device, dtype)
             for name, shape in block.items()
         }

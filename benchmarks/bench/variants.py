@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
 from bench.case import SPD, Case
 from bench.gradients import local
 from bench.peers import BETAS, EPS, Copy, NaiveDTensor, PublishedLoop
 from bench.shapes import Block, Holder
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 
 LR, DECAY = 1e-3, 1.0
 SWITCH = "SHARDED_SPD_KERNELS"
@@ -41,7 +42,9 @@ def unsuited(name: str, case: Case) -> str | None:
         return f"{name} keeps its anchors with the weights"
     if name in ("adamspd_fused", "adamspd_reference") and case.anchor_place == "cpu":
         return "AdamSPD has no setting for anchors in host memory; attach has"
-    if name == "adamspd_graph" and (case.device != "cuda" or case.ranks > 1 or case.anchor_place != "weights"):
+    if name == "adamspd_graph" and (
+        case.device != "cuda" or case.ranks > 1 or case.anchor_place != "weights"
+    ):
         return "CUDA graphs need one GPU and anchors on it"
     return None
 
@@ -81,7 +84,11 @@ def make(name: str, case: Case, blocks: list[Block], anchor_file: Path | None) -
 
 
 def _adamspd(
-    name: str, named: list[tuple[str, Parameter]], case: Case, anchor_file: Path | None, common: dict[str, Any]
+    name: str,
+    named: list[tuple[str, Parameter]],
+    case: Case,
+    anchor_file: Path | None,
+    common: dict[str, Any],
 ) -> Runner:
     from sharded_spd import AdamSPD
     from sharded_spd.anchors import FileAnchor, MappedAnchor
@@ -91,9 +98,7 @@ def _adamspd(
     graph = name == "adamspd_graph"
     around = reference_kernels if name == "adamspd_reference" else nullcontext
     with around():
-        optimizer = AdamSPD(
-            named, **common, weight_decay=DECAY, fused=True, capturable=graph, anchor=anchor
-        )
+        optimizer = AdamSPD(named, **common, weight_decay=DECAY, fused=True, capturable=graph, anchor=anchor)
     step: Callable[[], Any] = optimizer.step
     params = [p for _, p in named]
     return Runner(name, params, step, lambda: _num_pulled(optimizer.projector), around)

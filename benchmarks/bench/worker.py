@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from bench.case import BASELINES, Case, held_bytes, least_bytes
 from bench.clocks import AllReduceWatch, Stopwatch, Wire
 from bench.gradients import Gradients, local
 from bench.machine import MemoryWatch, free_memory
 from bench.shapes import Block, initial_values, make_blocks
 from bench.variants import Runner, compare, make, make_model, unsuited
-from torch import Tensor
 
 REARM = 8
 """Rounds between two unmeasured steps that renew the momentum."""
@@ -152,12 +153,12 @@ def _run_batch(
     results = []
     for runner in runners:
         record = _finish(runner, seen[runner.name], seen, case, sum(pulled) / elements)
+        _count(runner, record, case)
         if runner.pulled is not None:
             record["layers_pulled"] = runner.pulled()
             record["layers_to_be_pulled"] = sum(gradients.pulled)
             worst = _everywhere([differences[runner.name]], max, case.ranks)[0]
             record["difference_from_adamspd_fused"] = worst
-        _count(runner, record, case)
         results.append(record)
     for runner in runners:
         for p in runner.params:
@@ -231,8 +232,8 @@ def _finish(
         "seconds_spread": [min(own.seconds.values()), max(own.seconds.values())],
         "nanoseconds_per_parameter": seconds / share * 1e9,
         "waiting_for_all_reduce_seconds": median(own.waiting),
-        "held_bytes_per_parameter": own.held / share,
-        "peak_bytes_per_parameter": own.peak / share,
+        "held_bytes_per_parameter": own.held / share if runner.params else None,
+        "peak_bytes_per_parameter": own.peak / share if runner.params else None,
         "least_bytes_per_parameter": least_bytes(runner.name, case, pulled_elements),
     }
     for baseline, key in (("adamw_fused", "ratio_to_adamw_fused"), ("copy", "ratio_to_copy")):
