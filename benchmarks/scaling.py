@@ -1,7 +1,7 @@
 """How the projection's cost grows with layers and ranks.
 
-    python benchmarks/scaling.py           # under a minute: real ranks 1 and 2, one rank of 1,024 of a 70 B model
-    python benchmarks/scaling.py --full    # real ranks to 4, to 5,000 layers; HSDP, 2 to 1,024 pretended ranks
+    python benchmarks/scaling.py           # under a minute: real ranks 1 and 2, 70 B parameters on 1,024
+    python benchmarks/scaling.py --full    # real ranks to 4, to 5,000 tensors; HSDP, 2 to 1,024 pretended
 
 Three parts. Real processes (gloo): a step's time and what it waits for. One rank among many, with torch's
 fake process group: time and memory of the layout and of `attach`, and what a step sends. Arithmetic: how long
@@ -20,14 +20,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.case import Case
+from bench.case import Case, LayoutCase
 from bench.latency import Network
-from bench.layouts import LayoutCase, run_layout
 from bench.machine import describe
 from bench.ranks import launch
 from bench.scaling_report import draw, print_latency, print_layouts, print_real
 from bench.shapes import make_blocks, size_of
-from bench.worker import run_case
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +83,7 @@ def latencies(network: Network, payload: int, layers: int) -> list[dict[str, flo
     ]
 
 
-def _measure(console: Console, function: Any, cases: Sequence[Any]) -> tuple[list[dict[str, Any]], bool]:
+def _measure(console: Console, function: str, cases: Sequence[Any]) -> tuple[list[dict[str, Any]], bool]:
     """Results of all cases, and whether one failed."""
     results, failed = [], False
     for case in cases:
@@ -118,9 +116,9 @@ def main() -> int:
     for asked in real_cases(chosen):
         parameters, layers = size_of(make_blocks(asked.shape, asked.parameters, asked.layers))
         cases.append(replace(asked, parameters=parameters, layers=layers))
-    report["real"], failed = _measure(console, run_case, cases)
+    report["real"], failed = _measure(console, "bench.worker:run_case", cases)
     print_real(console, report["real"])
-    report["layouts"], also = _measure(console, run_layout, layout_cases(chosen))
+    report["layouts"], also = _measure(console, "bench.layouts:run_layout", layout_cases(chosen))
     print_layouts(console, report["layouts"])
     done = [r for r in report["layouts"] if "step" in r]
     report["network"] = asdict(network)

@@ -24,7 +24,6 @@ from bench.machine import describe
 from bench.ranks import launch
 from bench.report import draw, print_case
 from bench.shapes import make_blocks, size_of
-from bench.worker import run_case
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +41,21 @@ def quick(base: Case) -> list[Case]:
         replace(base, series="ranks", ranks=2, threads=1, seconds=3.0,
                 variants=(*_MANY, "naive_dtensor")),
     ]  # fmt: skip
+
+
+def tiny(base: Case) -> list[Case]:
+    """A few seconds, for tests: one process and two ranks."""
+    own = replace(
+        base,
+        shape="layered",
+        parameters=20_000,
+        layers=10,
+        threads=1,
+        seconds=0.2,
+        min_rounds=3,
+        max_rounds=5,
+    )
+    return [own, replace(own, series="ranks", ranks=2)]
 
 
 def full(base: Case) -> list[Case]:
@@ -101,8 +115,8 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     preset = parser.add_mutually_exclusive_group()
-    preset.add_argument("--quick", action="store_true", help="under a minute; what happens by default")
-    preset.add_argument("--full", action="store_true", help="all series; half an hour")
+    for name, text in (("quick", "under a minute; by default"), ("full", "everything"), ("tiny", "seconds")):
+        preset.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=text)
     parser.add_argument("--parameters", type=float)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--ranks", type=int)
@@ -123,10 +137,11 @@ def main() -> int:
     given = parse()
     base = Case(device=given.device)
     single = _single(given, base)
-    if single is not None and given.full:
-        print("got --full and options of a single case; wanted one of the two", file=sys.stderr)
+    if single is not None and given.preset is not None:
+        print(f"got --{given.preset} and options of a single case; wanted one of the two", file=sys.stderr)
         return 2
-    cases = [single] if single is not None else full(base) if given.full else quick(base)
+    preset = {"quick": quick, "full": full, "tiny": tiny}[given.preset or "quick"]
+    cases = preset(base) if single is None else [single]
     console = Console(width=None if sys.stdout.isatty() else 150)
     report: dict[str, Any] = {**describe(given.device), "results": []}
     began = time.monotonic()
@@ -134,7 +149,7 @@ def main() -> int:
         parameters, layers = size_of(make_blocks(asked.shape, asked.parameters, asked.layers))
         case = replace(asked, parameters=parameters, layers=layers)
         try:
-            result = launch(run_case, case.ranks, (case,))
+            result = launch("bench.worker:run_case", case.ranks, (case,))
         except RuntimeError as error:
             console.print(f"{case.title}: [bold]failed[/bold]\n{error}", highlight=False)
             report["results"].append(

@@ -1,4 +1,4 @@
-"""One measured case."""
+"""What is measured: plain data, so that the command itself need not wait for torch."""
 
 from __future__ import annotations
 
@@ -79,3 +79,13 @@ def held_bytes(variant: str, case: Case) -> int:
         return 0
     state = 3 * w + (a if variant in SPD or variant == "adamspd_graph" else 0)
     return state + (w if variant == "adamw_foreach" else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutCase:
+    """One rank of `world`, of a model split by `engine`: fsdp2, hsdp, or fsdp2+tp."""
+
+    model: str = "llama-70b"
+    engine: str = "fsdp2"
+    world: int = 1024
+    threads: int = 1

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from bench.case import LayoutCase
 from bench.clocks import Wire
 from bench.gradients import local
 from bench.llama import THIN, Llama, Shape, elements_per_rank, split
@@ -22,16 +24,6 @@ from bench.machine import MemoryWatch, free_memory
 
 SHAPES = {"llama-70b": Shape(), "thin": THIN, "tiny": Shape(2, 64, 128, 8, 8, 256)}
 """The first two have as many tensors."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutCase:
-    """One rank of `world`, of a model split by `engine`: fsdp2, hsdp, or fsdp2+tp."""
-
-    model: str = "llama-70b"
-    engine: str = "fsdp2"
-    world: int = 1024
-    threads: int = 1
 
 
 def run_layout(rank: int, folder: Path, case: LayoutCase) -> dict[str, Any]:

@@ -11,19 +11,18 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(device: str) -> dict[str, Any]:
     """Date, commit, hardware, versions, compiler."""
-    import torch
-
-    import sharded_spd
-
-    package = Path(str(sharded_spd.__file__)).resolve().parents[1]
+    found = find_spec("sharded_spd")
+    if found is None or found.origin is None:
+        raise RuntimeError("sharded_spd is not installed; run pip install -e '.[job]' in the checkout")
+    package = Path(found.origin).resolve().parents[1]
     hardware: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -32,6 +31,8 @@ def describe(device: str) -> dict[str, Any]:
         "system": platform.platform(),
     }
     if device == "cuda":
+        import torch
+
         hardware["gpu"] = torch.cuda.get_device_name()
     return {
         "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
@@ -39,9 +40,8 @@ def describe(device: str) -> dict[str, Any]:
         "commit": _output("git", "-C", str(package), "rev-parse", "HEAD"),
         "uncommitted_changes": bool(_output("git", "-C", str(package), "status", "--porcelain", "-uno")),
         "hardware": hardware,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": version("torch")},
         "compiler": _compiler(),
-        "torch_build": torch.__config__.show().splitlines()[1].strip(" -"),
     }
 
 

@@ -8,17 +8,25 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.testing", "sharded_spd"]
+_PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.testing._internal.distributed.fake_pg",
+    "sharded_spd.anchors",
+]
+"""Imported once, by the process that all ranks are forked from."""
 
 
-def launch(
-    function: Callable[..., Any], world: int, arguments: tuple[Any, ...], limit: float = 3600.0
-) -> Any:
+def launch(function: str, world: int, arguments: tuple[Any, ...], limit: float = 3600.0) -> Any:
     """What `function(rank, folder, *arguments)` returned on rank 0, which has to be JSON.
+
+    `function` is named "module:function", so that only the ranks have to import it.
 
     Raises:
         RuntimeError: with the traceback of the rank that failed first.
@@ -60,9 +68,10 @@ def _wait(ranks: list[Any], folder: Path, limit: float) -> None:
         raise RuntimeError("rank 0 left no result")
 
 
-def _main(rank: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _main(rank: int, folder: Path, function: str, arguments: tuple[Any, ...]) -> None:
     try:
-        result = function(rank, folder, *arguments)
+        module, _, name = function.partition(":")
+        result = getattr(import_module(module), name)(rank, folder, *arguments)
         if rank == 0:
             (folder / "partial.json").write_text(json.dumps(result))
             (folder / "partial.json").rename(folder / "result.json")

@@ -121,10 +121,8 @@ def _bars(ax: Any, result: dict[str, Any]) -> None:
     ax.set_xlim(0, max(values) * 1.15)
     ax.set_xlabel("time of a step / torch's fused AdamW")
     case = result["case"]
-    ax.set_title(
-        f"{case['parameters'] / 1e6:.0f} M {case['dtype']}, {case['layers']} tensors, {case['ranks']} rank(s)",
-        fontsize=9,
-    )
+    size = f"{case['parameters'] / 1e6:.0f} M {case['dtype']}"
+    ax.set_title(f"{size}, {case['layers']} tensors, {case['ranks']} rank(s)", fontsize=9)
     ax.tick_params(axis="y", labelsize=8)
 
 

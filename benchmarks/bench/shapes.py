@@ -1,12 +1,8 @@
-"""The layers of a case, as blocks of named shapes, and a module that holds them."""
+"""The layers of a case, as blocks of named shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
-
-import torch
-from torch import Tensor, nn
 
 Block = dict[str, tuple[int, ...]]
 
@@ -52,28 +48,3 @@ def size_of(blocks: list[Block]) -> tuple[int, int]:
     """Elements and tensors."""
     shapes = [shape for block in blocks for shape in block.values()]
     return sum(map(prod, shapes)), len(shapes)
-
-
-class Holder(nn.Module):
-    """Parameters without a forward: an optimizer's step needs none."""
-
-    def __init__(self, blocks: list[Block], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList()
-        for values in initial_values(blocks, dtype, device):
-            block = nn.Module()
-            for name, value in values.items():
-                block.register_parameter(name, nn.Parameter(value))
-            self.blocks.append(block)
-
-
-def initial_values(
-    blocks: list[Block], dtype: torch.dtype, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """The same weights on every call and rank; bfloat16 holds them exactly, so an anchor loses nothing."""
-    generator = torch.Generator().manual_seed(0)
-    for block in blocks:
-        yield {
-            name: torch.empty(shape).uniform_(-0.03, 0.03, generator=generator).bfloat16().to(device, dtype)
-            for name, shape in block.items()
-        }

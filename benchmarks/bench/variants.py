@@ -16,8 +16,9 @@ from torch.nn import Parameter
 
 from bench.case import SPD, Case
 from bench.gradients import local
+from bench.holder import Holder
 from bench.peers import BETAS, EPS, Copy, NaiveDTensor, PublishedLoop
-from bench.shapes import Block, Holder
+from bench.shapes import Block
 
 LR, DECAY = 1e-3, 1.0
 SWITCH = "SHARDED_SPD_KERNELS"

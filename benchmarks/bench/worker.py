@@ -17,8 +17,9 @@ from torch import Tensor
 from bench.case import BASELINES, Case, held_bytes, least_bytes
 from bench.clocks import AllReduceWatch, Stopwatch, Wire
 from bench.gradients import Gradients, local
+from bench.holder import initial_values
 from bench.machine import MemoryWatch, free_memory
-from bench.shapes import Block, initial_values, make_blocks
+from bench.shapes import Block, make_blocks
 from bench.variants import Runner, compare, make, make_model, unsuited
 
 REARM = 8
