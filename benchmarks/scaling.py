@@ -38,12 +38,13 @@ def real_cases(preset: str) -> list[Case]:
     """A model of few and of many tensors on real ranks."""
     base = Case(
         shape="layered", parameters=4_000_000, layers=100, threads=1, seconds=2.0,
+        min_rounds=3, max_rounds=30,
         variants=("adamw_fused", "adamspd_fused", "naive_dtensor"),
     )  # fmt: skip
     if preset == "tiny":
         tiny = replace(base, parameters=20_000, layers=10, seconds=0.2, min_rounds=3, max_rounds=5)
         return [replace(tiny, ranks=ranks) for ranks in (1, 2)]
-    ranks, layers = ((1, 2), (100, 1000)) if preset == "quick" else ((1, 2, 4), (10, 100, 1000, 5000))
+    ranks, layers = ((1, 2), (50, 300)) if preset == "quick" else ((1, 2, 4), (10, 100, 1000, 5000))
     return [replace(base, ranks=r, layers=n) for n in layers for r in ranks]
 
 

@@ -77,9 +77,10 @@ def _bind(model: Llama, result: dict[str, Any]) -> None:
         raise RuntimeError("the layout could not be made; wanted parameters that hold values")
     result["scopes"] = [{"ranks": s.group.size(), "layers": len(s.layers)} for s in layout.scopes]
     with MemoryWatch("cpu") as memory:
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         projector = attach(optimizer, model, SPDConfig(weight_decay=1.0))
         times["attach in full"] = time.perf_counter() - began
+        times["attach in full, processor"] = time.process_time() - began_cpu
     result["memory"] = {
         "weights": sum(local(p).nbytes for p in model.parameters()),
         "held by attach": memory.held,

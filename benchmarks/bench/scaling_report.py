@@ -53,7 +53,8 @@ def print_layouts(console: Console, results: Sequence[dict[str, Any]]) -> None:
     """One rank among many."""
     table = _table(
         "One rank among many (torch's fake process group; seconds of this rank's own work)",
-        "model", "engine", "ranks", "M elements here", "layout s", "attach s", "weights MB", "held MB",
+        "model", "engine", "ranks", "M elements here", "layout s", "attach s",
+        "its CPU s", "weights MB", "held MB",
         "peak MB", "calls", "payload B", "bind calls",
     )  # fmt: skip
     for result in results:
@@ -68,6 +69,7 @@ def print_layouts(console: Console, results: Sequence[dict[str, Any]]) -> None:
             f"{result['local_elements'] / 1e6:.1f}",
             f"{seconds['layout, first']:.3f}",
             f"{seconds['attach in full']:.2f}",
+            f"{seconds['attach in full, processor']:.2f}",
             f"{memory['weights'] / 1e6:.0f}",
             f"{memory['held by attach'] / 1e6:.0f}",
             f"{memory['peak of attach'] / 1e6:.0f}",
