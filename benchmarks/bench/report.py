@@ -80,28 +80,57 @@ _AXES = {
 }
 
 
+_FREE = {"series", "variants", "seconds", "min_rounds", "max_rounds", "shape"}
+"""What may differ between the cases of one line, besides what the line is about."""
+
+
+def _comparable(one: dict[str, Any], other: dict[str, Any], series: str) -> bool:
+    """Whether two cases differ in nothing but the series' own quantity; sizes are rounded to whole rows."""
+    axis = _AXES[series][0] if series in _AXES else ""
+    same = one.keys() - _FREE - {axis, "parameters", "layers"}
+    if series == "anchor":
+        same -= {"anchor_dtype", "anchor_place"}
+    near = [key for key in ("parameters", "layers") if key != axis]
+    return all(one[key] == other[key] for key in same) and all(
+        abs(one[key] - other[key]) <= 0.1 * other[key] for key in near
+    )
+
+
+def _series(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The panels: cases that make a line, else each by itself."""
+    panels: list[tuple[str, list[dict[str, Any]]]] = []
+    default = [r for r in results if r["case"]["series"] == "default"]
+    panels += [("bars", [r]) for r in default]
+    names = dict.fromkeys(r["case"]["series"] for r in results if r["case"]["series"] != "default")
+    for name in names:
+        own = [r for r in results if r["case"]["series"] == name]
+        line = [r for r in [*default, *own] if _comparable(r["case"], own[0]["case"], name)]
+        lined = name in (*_AXES, "anchor") and len(line) > 1
+        panels += [(name, line)] if lined else []
+        panels += [("bars", [r]) for r in own if not (lined and r in line)]
+    return panels
+
+
 def draw(path: Path, results: Sequence[dict[str, Any]], caption: str) -> None:
-    """A panel of bars for the first default case, and one of lines for each series of several cases."""
+    """A panel of lines for cases that differ in one thing, of bars for each other one."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    series = {
-        name: own
-        for name in (*_AXES, "anchor")
-        if len(own := [r for r in results if r["case"]["series"] in (name, "default")]) > 1
-        and any(r["case"]["series"] == name for r in own)
-    }
-    panels = 1 + len(series)
-    columns = min(panels, 3)
-    rows = -(-panels // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 4.2 * rows), squeeze=False)
+    panels = _series(results)
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 4.2 * rows), squeeze=False)
     flat = list(axes.flat)
-    _bars(flat[0], next((r for r in results if r["case"]["series"] == "default"), results[0]))
-    for ax, (name, own) in zip(flat[1:], series.items(), strict=False):
-        _places(ax, own) if name == "anchor" else _lines(ax, name, own)
-    for ax in flat[panels:]:
+    for ax, (name, own) in zip(flat, panels, strict=False):
+        if name == "bars":
+            _bars(ax, own[0])
+        elif name == "anchor":
+            _places(ax, own)
+        else:
+            _lines(ax, name, own)
+    for ax in flat[len(panels) :]:
         ax.axis("off")
     figure.suptitle(caption, fontsize=9)
     figure.tight_layout()
