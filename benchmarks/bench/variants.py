@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -142,14 +143,18 @@ def _like(p: Parameter, case: Case) -> Tensor:
 @contextmanager
 def reference_kernels() -> Iterator[None]:
     """Plain torch in place of the compiled kernels; the package's choice is made anew on both ends."""
-    from sharded_spd.kernels import compile as compiled
-
     before = os.environ.get(SWITCH)
 
     def choose(value: str | None) -> None:
         os.environ.pop(SWITCH, None) if value is None else os.environ.__setitem__(SWITCH, value)
-        compiled.load_library.cache_clear()
-        compiled.load_library()
+        for module in [m for n, m in sys.modules.items() if n.startswith("sharded_spd.kernels")]:
+            for kept in vars(module).values():
+                if callable(getattr(kept, "cache_clear", None)):
+                    kept.cache_clear()
+        if value == "reference" and load_library() is not None:
+            raise RuntimeError(f"{SWITCH}=reference was not followed")
+
+    from sharded_spd.kernels.compile import load_library
 
     choose("reference")
     try:
