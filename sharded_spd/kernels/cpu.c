@@ -143,6 +143,7 @@ void spd_sums(const slice *slices, int64_t num, int64_t chunks, double *partial,
 #define SQRT sqrt
 #define FMA fma
 #include "cpu_adam.h"
+#include "cpu_pull.h"
 #undef REAL
 #undef NAME
 #undef SQRT
@@ -152,10 +153,17 @@ void spd_sums(const slice *slices, int64_t num, int64_t chunks, double *partial,
 #define SQRT sqrtf
 #define FMA fmaf
 #include "cpu_adam.h"
+#include "cpu_pull.h"
 #undef REAL
 #undef NAME
 #undef SQRT
 #undef FMA
+
+static void adam_chunk(const slice *s, const moments *o, const numbers *x, int64_t begin, int64_t end,
+                       double *sums) {
+    if (s->weight_kind == F64) adam_chunk_f64(s, o, x, begin, end, sums);
+    else adam_chunk_f32(s, o, x, begin, end, sums);
+}
 
 /* Adam's step of every slice; `out` [num][3]: <factor * g, d>, |d|^2 and, after the step, |d|^2. */
 void spd_adam(const slice *slices, int64_t num, int64_t chunks, double *partial, double *out, int threads,
@@ -167,25 +175,16 @@ void spd_adam(const slice *slices, int64_t num, int64_t chunks, double *partial,
         const moments *o = &all[i];
         double *sums = partial + 3 * c;
         int fast = is_fast(s) && s->grad_kind == F32 && o->kind == F32 && !o->most;
-        int64_t even = fast ? even_end(begin, end) : begin;
-        if (s->weight_kind == F64) adam_chunk_f64(s, o, &each[i], even, end, sums);
-        else adam_chunk_f32(s, o, &each[i], even, end, sums);
-        if (even == begin) continue;
-        WITH_KIND(adam_fast, s, o, &each[i], begin, even, sums)
+        int64_t even = even_end(begin, end);
+        memset(sums, 0, 3 * sizeof *sums);
+        /* As in spd_sums, in the same order: the rest first, then what is taken 16 at a time. */
+        adam_chunk(s, o, &each[i], even, end, sums);
+        if (fast) WITH_KIND(adam_fast, s, o, &each[i], begin, even, sums)
+        else adam_chunk(s, o, &each[i], begin, even, sums);
     }
     add_up(slices, num, chunks, partial, out, 3);
 }
 
-#define REAL double
-#define NAME(x) x##_f64
-#include "cpu_pull.h"
-#undef REAL
-#undef NAME
-#define REAL float
-#define NAME(x) x##_f32
-#include "cpu_pull.h"
-#undef REAL
-#undef NAME
 
 /* Pulls every slice by its share `pull` [num] of the way back to its anchor; a share of 0 touches nothing. */
 void spd_pull(const slice *slices, int64_t num, int64_t chunks, const double *pull, int threads) {

@@ -95,11 +95,11 @@ static inline __attribute__((always_inline)) void adam_fast(const slice *s, cons
 static inline __attribute__((always_inline)) void pull_fast(const slice *s, double share, int64_t begin,
                                                             int64_t end, int64_t kind) {
     float *w = (float *)s->weight;
-    const float pull = (float)share, rest = 1 - pull;
+    const float pull = (float)share;
     const int near = pull < 0.5f && pull > -0.5f;
     for (int64_t i = begin; i < end; i += 8) {
         f8 old = get8(w + i), a = anchor8(s->anchor, kind, i), way = a - old;
-        f8 new = kind == NONE ? old * rest : near ? old + pull * way : a - way * rest;
+        f8 new = kind == NONE ? old * (1 - pull) : near ? fma8((f8){0} + pull, way, old) : fma8((f8){0} + pull - 1, way, a);
         u8 finite = (u8)(new - new == (f8){0}); /* all bits, or none */
         u8 bits = ((u8)new & finite) | ((u8)old & ~finite);
         memcpy(w + i, &bits, sizeof bits);
