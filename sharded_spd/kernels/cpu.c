@@ -68,13 +68,13 @@ static void add_sums(double *restrict w, double *restrict a, double *restrict g,
     for (int64_t i = 0; i < even; i += LANES)
         for (int l = 0; l < LANES; l++) {
             double d = w[i + l] - a[i + l];
-            square[l] += d * d;
+            square[l] = fma(d, d, square[l]);
             w[i + l] = d;
         }
     if (!g) return;
     for (int64_t i = n; i < even; i++) g[i] = 0;
     for (int64_t i = 0; i < even; i += LANES)
-        for (int l = 0; l < LANES; l++) dot[l] += g[i + l] * factor * w[i + l];
+        for (int l = 0; l < LANES; l++) dot[l] = fma(g[i + l] * factor, w[i + l], dot[l]);
 }
 
 /* Adds <factor * g, w - w0> to sums[0] and |w - w0|^2 to sums[1], of elements [begin, end). */

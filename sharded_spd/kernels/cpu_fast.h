@@ -33,6 +33,12 @@ static inline f8 fma8(f8 a, f8 b, f8 c) {
     return y;
 }
 
+static inline d8 fma_d8(d8 a, d8 b, d8 c) {
+    d8 y;
+    for (int l = 0; l < 8; l++) y[l] = fma(a[l], b[l], c[l]);
+    return y;
+}
+
 static inline int is_fast(const slice *s) {
     return s->weight_kind == F32 && (s->anchor_kind == F32 || s->anchor_kind == BF16 || s->anchor_kind == NONE);
 }
@@ -54,8 +60,8 @@ static inline __attribute__((always_inline)) void sums_fast(const slice *s, int 
         for (int u = 0; u < 2; u++) {
             int64_t at = i + 8 * u;
             d8 d = __builtin_convertvector(get8(w + at), d8) - __builtin_convertvector(anchor8(s->anchor, kind, at), d8);
-            square[u] += d * d;
-            if (grads) dot[u] += __builtin_convertvector(get8(g + at), d8) * s->factor * d;
+            square[u] = fma_d8(d, d, square[u]);
+            if (grads) dot[u] = fma_d8(__builtin_convertvector(get8(g + at), d8) * s->factor, d, dot[u]);
         }
     add_lanes(dot, &sums[0]);
     add_lanes(square, &sums[1]);
@@ -76,8 +82,8 @@ static inline __attribute__((always_inline)) void adam_fast(const slice *s, cons
             f8 grad = get8(g + at) * factor, weight = get8(w + at), mean = get8(m + at), square = get8(v + at);
             d8 a = __builtin_convertvector(anchor8(s->anchor, kind, at), d8);
             d8 d = __builtin_convertvector(weight, d8) - a;
-            dot[u] += __builtin_convertvector(grad, d8) * d;
-            before[u] += d * d;
+            dot[u] = fma_d8(__builtin_convertvector(grad, d8), d, dot[u]);
+            before[u] = fma_d8(d, d, before[u]);
             mean = fma8((f8){0} + rest1, grad - mean, mean);
             square = fma8(rest2 * grad, grad, beta2 * square);
             weight -= step * mean / (root8(square) / root + eps);
@@ -85,7 +91,7 @@ static inline __attribute__((always_inline)) void adam_fast(const slice *s, cons
             memcpy(v + at, &square, sizeof square);
             memcpy(w + at, &weight, sizeof weight);
             d = __builtin_convertvector(weight, d8) - a;
-            after[u] += d * d;
+            after[u] = fma_d8(d, d, after[u]);
         }
     add_lanes(dot, &sums[0]);
     add_lanes(before, &sums[1]);
