@@ -37,12 +37,26 @@ def _total(x):
     return tl.sum(x, axis=0)
 
 
+_INTERPRETED = tl.constexpr(not isinstance(_total, triton.JITFunction))
+
+
 @triton.jit
 def _widen(x, REAL: tl.constexpr):
     if REAL == tl.float64:
         return x.to(tl.float32).to(tl.float64) if x.dtype.primitive_bitwidth == 16 else x.to(tl.float64)
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    if DTYPE == tl.bfloat16:
+        x = x.to(tl.float32)
+        if _INTERPRETED:  # it cuts bits off where a GPU rounds to the nearest
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = tl.where(x == x, bits.to(tl.uint32).to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -56,9 +70,9 @@ def _load(p, at, count, MASKED: tl.constexpr):
 @triton.jit
 def _store(p, at, count, x, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(p + at, x.to(p.dtype.element_ty), mask=at < count)
+        tl.store(p + at, _narrow(x, p.dtype.element_ty), mask=at < count)
     else:
-        tl.store(p + at, x.to(p.dtype.element_ty))
+        tl.store(p + at, _narrow(x, p.dtype.element_ty))
 
 
 @triton.jit
@@ -196,7 +210,7 @@ def _adam_block(
     _store(mean, at, count, m, MASKED)
     _store(square, at, count, v, MASKED)
     w = _widen(stored, REAL)
-    w = (w - _divide(step * m, _divide(_root(second, REAL), root, REAL) + eps, REAL)).to(stored.dtype)
+    w = _narrow(w - _divide(step * m, _divide(_root(second, REAL), root, REAL) + eps, REAL), stored.dtype)
     _store(weight, at, count, w, MASKED)
 
     d = _widen(w, tl.float64)
@@ -272,7 +286,7 @@ def _pull_block(weight, anchor, share, at, count, A: tl.constexpr, REAL: tl.cons
         way = a - w
         # As torch's lerp: each form is exact at its end of the way.
         pulled = tl.where(tl.abs(share) < 0.5, w + share * way, a - way * (1.0 - share))
-    pulled = pulled.to(stored.dtype)
+    pulled = _narrow(pulled, stored.dtype)
     # An infinite weight has no way back: it stays. So does one that would leave the range of its dtype.
     fine = tl.abs(_widen(pulled, REAL)) < float("inf")
     _store(weight, at, count, tl.where(fine, pulled, stored), MASKED)
@@ -293,9 +307,9 @@ def pull_kernel(
         anchor = weight
         if A is not None:
             anchor = _pointer(row + 1, begin, A, ALIGNED)
-        share = share.to(REAL)
+        pull = share.to(REAL)
         lanes = tl.arange(0, _BLOCK)
         for block in range(0, count // _BLOCK):
-            _pull_block(weight, anchor, share, block * _BLOCK + lanes, count, A, REAL, False)
+            _pull_block(weight, anchor, pull, block * _BLOCK + lanes, count, A, REAL, False)
         if count % _BLOCK != 0:
-            _pull_block(weight, anchor, share, count // _BLOCK * _BLOCK + lanes, count, A, REAL, True)
+            _pull_block(weight, anchor, pull, count // _BLOCK * _BLOCK + lanes, count, A, REAL, True)

@@ -30,7 +30,7 @@ _ANCHOR, _GRAD, _FACTOR, _STATE = 4, 8, 12, 16
 """Where in a slice's kinds each dtype's number stands, of 4 bits; the weight's at 0."""
 _ALIGNED, _AMSGRAD = 1 << 20, 1 << 21
 _NO_GRADS = ~(15 << _GRAD | 15 << _FACTOR)
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _CAPTURED: set[_Numbers] = set()
 """Tables that CUDA graphs read at every replay; nothing tells when a graph is gone."""
 
