@@ -14,7 +14,7 @@ from torch.optim.adam import Adam, adam
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.errors import AnchorError, BindingError
-from sharded_spd.fused import fused_adam, may_fuse
+from sharded_spd.fused import Lists, fused_adam, may_fuse
 from sharded_spd.groups import check_fingerprint, keep_shown, num_layers, take_group
 from sharded_spd.projector import Projector
 from sharded_spd.rules import Rule
@@ -168,11 +168,12 @@ class AdamSPD(Adam):
         fuse = may_fuse(self)
         step = self.projector.before_step(self, sums_later=fuse)
         done: set[Tensor] = set()
+        gathered = [self._gather(group) for group in self.param_groups]
         if step is not None and fuse:
-            done = fused_adam(self, step, self._gather)
+            done = fused_adam(self, step, gathered)
             step.add_before()
-        for group in self.param_groups:
-            self._adam(group, done)
+        for group, lists in zip(self.param_groups, gathered, strict=True):
+            self._adam(group, lists, done)
         self.projector.after_step(self)
         return loss
 
@@ -186,14 +187,13 @@ class AdamSPD(Adam):
                 )
             keep_shown(group, spec)
 
-    def _gather(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """Parameters with a gradient, gradients, and their state of four kinds, made where missing."""
-        lists: list[list[Tensor]] = [[] for _ in range(6)]
+    def _gather(self, group: dict[str, Any]) -> Lists:
+        """Of a group; state is made where missing."""
+        lists: Lists = [[] for _ in range(6)]
         self._init_group(group, *lists)  # type: ignore[no-untyped-call]
         return lists
 
-    def _adam(self, group: dict[str, Any], done: set[Tensor]) -> None:
-        lists = self._gather(group)
+    def _adam(self, group: dict[str, Any], lists: Lists, done: set[Tensor]) -> None:
         if done:
             keep = [i for i, param in enumerate(lists[0]) if param not in done]
             lists = [[own[i] for i in keep] if own else own for own in lists]

@@ -1,22 +1,29 @@
-"""Adam's step and the projection's sums in one pass over the memory, by the compiled kernels."""
+"""Adam's step and the projection's sums in one pass over the memory, by the kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_spd.binding import flat
 from sharded_spd.engines.dtensor import local_tensor
-from sharded_spd.kernels.cpu import AdamSlice, Slice, adam, can_sum
+from sharded_spd.items import Item
+from sharded_spd.kernels import ADAM_NUMBERS, Backend, Moments
 from sharded_spd.step import Step
-from sharded_spd.sums import Item
+
+Lists = list[list[Tensor]]
+"""A group's parameters with a gradient, their gradients and four kinds of state, as torch's Adam has them."""
+
+_EXACT = (torch.float32, torch.float64)
 
 
 def may_fuse(optimizer: Optimizer) -> bool:
-    """Whether the groups ask for what the kernel does: torch's fused Adam, without a scaler, and pulls.
+    """Whether the groups ask for what the kernels do: Adam without a scaler, and pulls.
 
     Without any strength it is torch's own step that is asked for, to the last bit.
     """
@@ -29,72 +36,62 @@ def may_fuse(optimizer: Optimizer) -> bool:
 
 def _plain(group: Mapping[str, Any]) -> bool:
     numbers = (group["lr"], *group["betas"], group["eps"])
-    return (
-        bool(group["fused"])
-        and not group["capturable"]
-        and not group["differentiable"]
-        and not any(isinstance(x, Tensor) for x in numbers)
-    )
+    asked = group["fused"] or (group["fused"] is None and not group["foreach"])
+    special = group["capturable"] or group["differentiable"] or any(isinstance(x, Tensor) for x in numbers)
+    return bool(asked) and not special
 
 
-def fused_adam(optimizer: Optimizer, step: Step, init: Callable[[dict[str, Any]], object]) -> set[Tensor]:
-    """Step the parameters that the kernel can (modified in place), and give their sums to `step`.
+def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> set[Tensor]:
+    """Step the parameters that the kernels can (modified in place), and give their sums to `step`.
 
-    What comes back are these parameters; torch has to step the others. `init` makes a group's missing state.
+    What comes back are these parameters; torch has to step the others. `gathered` is one entry per group.
     """
+    items: list[Item] = []
+    moments: list[Moments] = []
+    rows: list[bytes] = []
     done: set[Tensor] = set()
-    items = step.whole_items()
-    slices: list[AdamSlice] = []
-    stepped: list[Item] = []
-    for group in optimizer.param_groups:
-        init(group)
-        for param in group["params"]:
-            own = items.get(param, ())
-            made = _slices(own, param, group, optimizer.state[param]) if own else None
-            if made is None:
+    steppable = step.steppable()
+    for group, lists in zip(optimizer.param_groups, gathered, strict=True):
+        params, _, means, squares, most, steps = lists
+        counts: list[Tensor] = []
+        owned: list[list[Item]] = []
+        for i, param in enumerate(params):
+            own = steppable.get(param)
+            # Half precision is stepped in it where torch's fused step is not asked for.
+            if own is None or not (group["fused"] or param.dtype in _EXACT):
                 continue
-            optimizer.state[param]["step"] += 1
-            slices += made
-            stepped += own
-            done.add(param)
-    if slices:
-        step.add_fused(stepped, adam(slices))
+            state = Moments(
+                local_tensor(means[i]), local_tensor(squares[i]), local_tensor(most[i]) if most else None
+            )
+            if steps[i].device.type == "cpu" and _may_step(state, own[0].backend):
+                done.add(param)
+                counts.append(steps[i])
+                owned.append(own)
+                items += own
+                moments += [state] * len(own)
+        rows += _numbers(group, counts, owned)
+    if items:
+        numbers = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float64).view(-1, len(ADAM_NUMBERS))
+        step.adam_(items, moments, numbers.to(items[0].tensors.weight.device, non_blocking=True))
     return done
 
 
-def _slices(
-    items: Sequence[Item], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> list[AdamSlice] | None:
-    moments = [state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None]
-    mean, square, most = (None if t is None else local_tensor(t) for t in moments)
-    step = state["step"]
-    if mean is None or square is None or step.device.type != "cpu":
-        return None
-    if not can_sum(mean, square, most) or len({t.dtype for t in (mean, square, most) if t is not None}) > 1:
-        return None
-    made = []
-    for item in items:
-        weight, grad = flat(item.shard.tensor), item.shard.grad
-        if (
-            grad is None
-            or not item.shard.tensor.is_contiguous()
-            or not isinstance(item.anchor, Tensor | None)
-        ):
-            return None
-        grad = flat(grad)
-        if not can_sum(weight, grad, item.anchor) or isinstance(item.grad_factor, Tensor):
-            return None
-        cut = item.cut
-        made.append(
-            AdamSlice(
-                Slice(weight[cut], item.anchor, grad[cut], item.grad_factor),
-                flat(mean)[cut],
-                flat(square)[cut],
-                None if most is None else flat(most)[cut],
-                group["lr"],
-                (group["betas"][0], group["betas"][1]),
-                group["eps"],
-                step.item() + 1,
-            )
-        )
-    return made
+def _may_step(state: Moments, backend: Backend) -> bool:
+    kept = [t for t in (state.mean, state.square, state.most) if t is not None]
+    return backend.takes(*kept) and all(t.dtype == state.mean.dtype for t in kept)
+
+
+def _numbers(group: Mapping[str, Any], counts: list[Tensor], owned: Sequence[Sequence[Item]]) -> list[bytes]:
+    """Count the step (modified in place), and give each item its row of Adam's numbers."""
+    if not counts:
+        return []
+    torch._foreach_add_(counts, 1)
+    made: dict[float, bytes] = {}
+    rows = []
+    beta1, beta2 = group["betas"]
+    for count, own in zip(torch.stack(counts).tolist(), owned, strict=True):
+        if count not in made:
+            step_size, root = group["lr"] / (1 - beta1**count), math.sqrt(1 - beta2**count)
+            made[count] = struct.pack("=5d", beta1, beta2, group["eps"], step_size, root)
+        rows += [made[count]] * len(own)
+    return rows

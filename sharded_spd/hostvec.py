@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class HostVector:
-    """A float64 vector on `device` made of host numbers and 0-d device tensors."""
+    """A vector on `device` made of host numbers and 0-d device tensors; float64 unless said otherwise."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float64) -> None:
         self._device = device
-        self._host: list[float] = []
-        self._vector = torch.empty(0, dtype=torch.float64, device=device)
+        self._host: list[Any] = []
+        self._vector = torch.empty(0, dtype=dtype, device=device)
 
     def update(self, values: Sequence[float | Tensor]) -> Tensor:
-        """The vector of `values`, float64 `[len(values)]`; no upload where they are the last ones."""
+        """The vector of `values`, `[len(values)]`; no upload where they are the last ones."""
         on_device = {i: v for i, v in enumerate(values) if isinstance(v, Tensor) and v.device.type != "cpu"}
-        host = [0.0 if i in on_device else float(v) for i, v in enumerate(values)]
-        if host != self._host:
-            self._host = host
-            upload = torch.tensor(host, dtype=torch.float64, pin_memory=self._device.type == "cuda")
-            self._vector = upload.to(self._device, non_blocking=True)
+        vector = self.update_numbers([0.0 if i in on_device else float(v) for i, v in enumerate(values)])
         if not on_device:
-            return self._vector
-        vector = self._vector.clone()
+            return vector
+        vector = vector.clone()
         for i, value in on_device.items():
-            vector[i] = value.to(device=self._device, dtype=torch.float64)
+            vector[i] = value.to(device=self._device, dtype=vector.dtype)
         return vector
+
+    def update_numbers(self, numbers: list[Any]) -> Tensor:
+        """The same of host numbers alone."""
+        if numbers != self._host:
+            self._host = numbers
+            upload = torch.tensor(numbers, dtype=self._vector.dtype, pin_memory=self._device.type == "cuda")
+            self._vector = upload.to(self._device, non_blocking=True)
+        return self._vector
 
 
 class LateScalar:

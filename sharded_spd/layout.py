@@ -36,9 +36,9 @@ class ShardSlice:
     region: FlatRange | Box
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class BoundShard:
-    """What the base optimizer updates on this rank, now.
+    """What the base optimizer updates on this rank, now. An engine may hand out the same one in every step.
 
     `slices` has one entry per layer of the tensor on every rank, with `numel` 0 where this rank holds nothing
     of it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's

@@ -23,6 +23,7 @@ from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.layout import BoundShard, ShardLayout
 from sharded_spd.monitor import Monitor, measure_deviation
 from sharded_spd.plan import Plan, Reduction, reduce_together_
+from sharded_spd.roster import Roster
 from sharded_spd.stats import all_reduce_
 from sharded_spd.step import Step
 
@@ -47,6 +48,7 @@ class Projector:
         self._resolve = resolve
         self._binding: Binding | None = None
         self._plans: dict[tuple[str, ...], Plan] = {}
+        self._rosters: dict[tuple[str, ...], Roster] = {}
         self._steps: dict[Optimizer, Step] = {}
         self._together = together
         self._waiting: list[tuple[Step, Reduction]] = []
@@ -156,6 +158,7 @@ class Projector:
         binding = bind(shards, layout, options, held, fresh, groups)
         agree(lambda: self._vouch(binding, renamed), groups)
         plans, self._binding, self._plans = list(self._plans.values()), binding, {}
+        self._rosters.clear()
         for optimizer in self._adapter.optimizers:
             for call in self._adapter.inner_steps(optimizer):
                 self._plan(call, plans, renamed)
@@ -188,6 +191,12 @@ class Projector:
             self._plans[fqns] = plan
         return self._plans[fqns]
 
+    def _roster(self, plan: Plan, shards: Sequence[BoundShard]) -> Roster:
+        roster = self._rosters.get(plan.fqns)
+        if roster is None or not roster.fits(shards):
+            roster = self._rosters[plan.fqns] = Roster(plan, self._require(), shards)
+        return roster
+
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, sums_later: bool = False) -> Step | None:
         """Take the statistics before `optimizer` steps; its gradients must be there.
@@ -205,7 +214,7 @@ class Projector:
             return None
         shards = self._adapter.bind(optimizer, grads=True)
         plan = self._plan(shards)
-        step = Step(plan, self._binding, optimizer, shards, sums_later=sums_later)
+        step = Step(plan, self._binding, self._roster(plan, shards), optimizer, shards, sums_later=sums_later)
         self._steps[optimizer] = step
         if step.moves and self._binding.found.away:
             warn.about_start(self._binding, shards)
@@ -283,6 +292,7 @@ class Projector:
         self._steps.clear()
         self._waiting.clear()
         self._plans.clear()
+        self._rosters.clear()
         self._binding = None
         self._detached = True
 

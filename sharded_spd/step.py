@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_spd.binding import Binding, flat, lost
-from sharded_spd.engines.dtensor import local_tensor
+from sharded_spd.batches import Batch
+from sharded_spd.binding import Binding
 from sharded_spd.errors import AnchorError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
+from sharded_spd.items import Item
+from sharded_spd.kernels import REFERENCE, Moments
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.layout import BoundShard
-from sharded_spd.options import check_scalars
-from sharded_spd.plan import Phase, Plan, Reduction, RulePart, reduce_together_
-from sharded_spd.prefetch import ahead
+from sharded_spd.plan import Plan, Reduction, RulePart, reduce_together_
+from sharded_spd.roster import Roster
 from sharded_spd.rules import Options, Stats
-from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums, row_spans
-from sharded_spd.sums import Item, Sums, can_fuse
+from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums
+from sharded_spd.sums import Sums
 
 _HAS_GRAD, _FOUND_INF = 0, 1
 """Rows of the flags: ranks with a gradient, with an overflow."""
@@ -39,67 +39,71 @@ class Step:
         self,
         plan: Plan,
         binding: Binding,
+        roster: Roster,
         optimizer: Optimizer,
         shards: Sequence[BoundShard],
         *,
         sums_later: bool = False,
     ) -> None:
         self._plan = plan
+        self._roster = roster
         self._shards = shards
         self._binding = binding
         self._on_disk = binding.on_disk.intersection(plan.fqns)
         self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._guarded = binding.unverified.among(plan.fqns)
         self._guard: Tensor | None = None
+        self._with_grad: set[str] = set()
         if self._guarded:
             self._guard = torch.zeros(4, len(plan.fqns), dtype=torch.float64, device=plan.device)
+            self._with_grad = {p.layer for s in shards if s.grad is not None for p in s.slices}
         self._read_scalars(optimizer, shards)
-        self._items = self._make_items(optimizer, shards)
+        self._items = self._line_up(optimizer, shards)
         self._edited: dict[int, tuple[Stats, dict[str, Tensor]]] = {}
         self._early()
         self._sums = Sums(plan, plan.keys(early=False))
-        self._fused: set[int] = set()
+        self._batches: list[Batch] = []
+        self._stepped: set[int] = set()
         if not sums_later:
             self.add_before()
-        for item in self._items:
+
+    def add_before(self) -> None:
+        """Take the sums before the base step, of what has not been stepped with its sums."""
+        rest = [i for i in self._items if id(i) not in self._stepped] if self._stepped else self._items
+        around = self._roster.batches.of(rest, "around the base")
+        for batch in around:
+            if not batch.part.early:
+                batch.add("before", self._sums)
+        self._batches += around
+        for item in rest:
             if item.part.rule.spec.keeps_w:
-                item.kept = flat(item.shard.tensor)[item.cut].clone()
-        for p, part in enumerate(plan.parts):
+                item.kept = item.tensors.flat_weight().clone()
+        for p, part in enumerate(self._plan.parts):
             if part.rule.spec.when == "before":
                 stats = self._edited[p][0] if p in self._edited else self._no_stats(part)
                 self._project(p, part, stats, self._flags)
 
-    def add_before(self) -> None:
-        """Take the sums before the base step, of what has not been stepped with its sums."""
-        self._add("before")
-
-    def whole_items(self) -> dict[Tensor, list[Item]]:
+    def steppable(self) -> dict[Tensor, list[Item]]:
         """The items of each of the optimizer's tensors that a kernel may step together with their sums.
 
         That is, of all its elements, by rules that need nothing but the sums that such a kernel forms.
         """
-        found: dict[Tensor, list[Item]] = {}
-        covered: dict[Tensor, int] = {}
-        for item in self._items:
-            owner, spec = item.shard.owner, item.part.rule.spec
-            plain = not (spec.keeps_w or spec.edits_grad or spec.shard_state or item.part.has_row_stats)
-            if owner is not None and plain and spec.when == "after" and can_fuse(spec):
-                found.setdefault(owner, []).append(item)
-                covered[owner] = covered.get(owner, 0) + item.piece.numel
         return {
-            owner: items for owner, items in found.items() if covered[owner] == items[0].shard.tensor.numel()
+            owner: items
+            for owner, items in self._roster.wholes.items()
+            if items[0].shard.grad is not None and all(item.backend is not REFERENCE for item in items)
         }
 
-    def add_fused(self, items: Sequence[Item], rows: Tensor) -> None:
-        """Take over the sums `[num_items, 3]` of items that were stepped: <g, d>, |d|^2, |d|^2 after it."""
-        self._sums.add_fused(items, rows)
-        self._fused = {id(item) for item in items}
-
-    def _add(self, phase: Phase) -> None:
-        keys = {p: part.keys(early=False) for p, part in enumerate(self._plan.parts)}
-        own = {id(part): [s for at, s in keys[p] if at == phase] for p, part in enumerate(self._plan.parts)}
-        wanted = [(item, own[id(item.part)]) for item in self._items if id(item) not in self._fused]
-        self._sums.add_all(phase, [(item, stats) for item, stats in wanted if stats])
+    def adam_(self, items: Sequence[Item], moments: Sequence[Moments], numbers: Tensor) -> None:
+        """Step items of `steppable` as Adam does (modified in place), with their sums; see `Table.adam_`."""
+        found = self._roster.batches.of(items, "with Adam")
+        places = {id(item): i for i, item in enumerate(items)} if len(found) > 1 else {}
+        for batch in found:
+            at = [places[id(item)] for item in batch.items] if places else range(len(items))
+            own = numbers[torch.tensor(at, device=numbers.device)] if places else numbers
+            batch.adam_([moments[i] for i in at], own, self._sums)
+        self._batches += found
+        self._stepped = {id(item) for item in items}
 
     @property
     def moves(self) -> bool:
@@ -113,10 +117,10 @@ class Step:
 
     def collect(self) -> Reduction:
         """Take the sums after the base step; let go of the gradients. What comes back is to be reduced."""
-        self._shards = [_as_it_is_now(shard) for shard in self._shards]
-        for item in self._items:
-            item.shard = self._shards[item.position]
-        self._add("after")
+        self._roster.after_base(self._items)
+        for batch in self._batches:
+            if id(batch.items[0]) not in self._stepped:
+                batch.add("after", self._sums)
         return self._sums.reduction(
             self._flags, guard=self._guard, guarded=self._guarded, always=bool(self._on_disk)
         )
@@ -137,16 +141,15 @@ class Step:
                 earlier = self._edited[p][0] if p in self._edited else None
                 stats = self._sums.stats(part, part.keys(early=False), earlier)
                 self._project(p, part, stats, self._sums.flags)
+        self._roster.let_go(self._items)
 
     def _check_files(self) -> None:
         """Raise on all ranks what one of them saw. Waits for the device."""
         for fqn, count in zip(self._plan.fqns, self._sums.flags[_FOUND_INF].tolist(), strict=True):
             if count >= _LOST:
                 source = getattr(self._binding.options[fqn].anchor, "source", "")
-                raise AnchorError(
-                    f"layer {fqn!r}: {self._lost.get(fqn, f'its anchor on disk, {source}, has changed')} "
-                    f"(seen on {count // _LOST:.0f} rank(s))"
-                )
+                why = self._roster.lost.get(fqn, f"its anchor on disk, {source}, has changed")
+                raise AnchorError(f"layer {fqn!r}: {why} (seen on {count // _LOST:.0f} rank(s))")
 
     def _settle(self, guard: Tensor) -> None:
         if self._guarded.isdisjoint(self._with_grad):
@@ -158,85 +161,44 @@ class Step:
         )
 
     def _read_scalars(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> None:
-        plan, options = self._plan, self._binding.options
-        lr: list[Any] = [0.0] * len(plan.fqns)
-        decay, limit, has_grad, has_state = list(lr), list(lr), list(lr), list(lr)
-        for shard in shards:
-            group = shard.param_group
-            for piece in shard.slices:
-                i, own = plan.column[piece.layer], options[piece.layer]
-                lr[i] = group.get("lr")
-                decay[i] = group["weight_decay"] if own.weight_decay is None else own.weight_decay
-                pull = group.get("max_pull") if own.max_pull is None else own.max_pull
-                limit[i] = float("inf") if pull is None else pull
-                has_grad[i] = float(shard.grad is not None)
-                has_state[i] = float(shard.has_state)
-                check_scalars(piece.layer, lr[i], decay[i], limit[i])
-        self._with_grad = {fqn for fqn, g in zip(plan.fqns, has_grad, strict=True) if g}
-        self._moves = any(g and (isinstance(x, Tensor) or x != 0) for g, x in zip(has_grad, lr, strict=True))
-        self._lr = plan.vectors["lr"].update(lr)
-        self._weight_decay = plan.vectors["weight_decay"].update(decay)
-        self._max_pull = plan.vectors["max_pull"].update(limit)
-        self._flags[_HAS_GRAD] = plan.vectors["has_grad"].update(has_grad)
+        scalars = self._roster.scalars
+        self._lr, self._weight_decay, self._max_pull = scalars.read()
+        self._moves = scalars.moves(shards)
+        self._flags[_HAS_GRAD] = scalars.has_grad(shards)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
-            self._flags[_FOUND_INF] = found_inf.to(plan.device, non_blocking=True)
+            self._flags[_FOUND_INF] = found_inf.to(self._plan.device, non_blocking=True)
         if self._guard is not None:
-            self._guard[HAS_STATE] = plan.vectors["has_state"].update(has_state)
+            self._guard[HAS_STATE] = scalars.has_state(shards)
 
-    def _make_items(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> list[Item]:
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        items = []
-        self._lost: dict[str, str] = {}
-        for position, shard in enumerate(shards):
-            if shard.grad is None:
-                continue
-            sign = -1.0 if shard.param_group.get("maximize", False) else 1.0
-            factor = sign if grad_scale is None else sign / grad_scale.to(shard.grad.device, torch.float64)
-            for piece in shard.slices:
-                part, index = self._plan.part_of[piece.layer]
-                spec = part.rule.spec
-                if piece.numel == 0 or not spec.pulls:
-                    continue
-                column = self._plan.column[piece.layer]
-                item = Item(position, shard, piece, part, index, column, factor, None, [], {})
-                weight = flat(shard.tensor)[item.cut]
-                if spec.anchored:
-                    item.anchor, moved = self._binding.take(piece, weight)
-                    changed = lost(item.anchor)
-                    if changed is not None:
-                        self._lost[piece.layer], item.anchor = changed, None
-                    if self._guard is not None and piece.layer in self._guarded:
-                        self._watch(self._guard, item, moved)
-                if spec.granularity == "row" or part.has_row_stats:
-                    item.spans = row_spans(piece, self._binding.layout.shapes[piece.layer])
-                item.state = self._plan.shard_states.get(piece.layer, {})
-                items.append(item)
+    def _line_up(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> list[Item]:
+        items = self._roster.line_up(shards, getattr(optimizer, "grad_scale", None))
         if self._on_disk:
-            missing = [_LOST if fqn in self._lost else 0.0 for fqn in self._plan.fqns]
-            self._flags[_FOUND_INF] += self._plan.vectors["lost"].update(missing)
-        near = ahead([(item.anchor, item.shard.tensor.device) for item in items])
-        for item, anchor in zip(items, near, strict=True):
-            item.anchor = anchor
+            lost = self._roster.lost
+            missing = [_LOST if fqn in lost else 0.0 for fqn in self._plan.fqns]
+            self._flags[_FOUND_INF] += self._plan.vectors["lost"].update_numbers(missing)
+        if self._guard is not None:
+            for item in items:
+                if item.piece.layer in self._guarded and item.part.rule.spec.anchored:
+                    self._watch(self._guard, item)
         return items
 
     @staticmethod
-    def _watch(guard: Tensor, item: Item, moved: bool) -> None:
+    def _watch(guard: Tensor, item: Item) -> None:
         """Add one slice to the guard's rows."""
         for row, value in zip(
             (DELTA, DOT), layer_sums((b for _, b in item.blocks(grads=True)), GUARD_STATISTICS), strict=True
         ):
             guard[row, item.column] += value.to(guard.device)
-        guard[MOVED, item.column] += float(moved)
+        guard[MOVED, item.column] += float(item.moved)
 
     def _early(self) -> None:
         """Reduce what is needed ahead of the base step, and let the rules that edit gradients do so."""
         if not any(part.early for part in self._plan.parts):
             return
         sums = Sums(self._plan, self._plan.keys(early=True))
-        for item in self._items:
-            if item.part.early:
-                sums.add("before", item, item.part.rule.spec.before)
+        for batch in self._roster.batches.of([item for item in self._items if item.part.early], "early"):
+            batch.add("before", sums)
         reduce_together_([sums.reduction(self._flags)])
         for p, part in enumerate(self._plan.parts):
             if not part.early:
@@ -249,18 +211,17 @@ class Step:
 
     def _edit(self, part: RulePart, plan: Any, active: Tensor) -> None:
         for item in self._items:
-            grad = item.shard.grad
-            if item.part is not part or grad is None:
+            grad, flat_grad = item.shard.grad, item.tensors.flat_grad()
+            if item.part is not part or grad is None or flat_grad is None:
                 continue
-            flat_grad = flat(grad)
             own = {name: values[item.index] for name, values in plan.items()}
             for cut, block in item.blocks(grads=True):
-                target = flat_grad[item.cut][cut]
-                edited = part.rule.edit_grad(block, own) / item.grad_factor
+                target = flat_grad[cut]
+                edited = part.rule.edit_grad(block, own) / item.tensors.grad_factor
                 keep = ~active[item.index] | ~torch.isfinite(edited)
                 target.copy_(torch.where(keep, target, edited.to(target.dtype)))
-            if not grad.is_contiguous():
-                grad.copy_(flat_grad.view(grad.shape))
+            if not grad.is_contiguous() and item.tensors.grad is not None:
+                grad.copy_(item.tensors.grad.view(grad.shape))
 
     def _options(self, part: RulePart) -> Options:
         return Options(lr=self._lr[part.columns], weight_decay=self._weight_decay[part.columns])
@@ -293,9 +254,14 @@ class Step:
         may, most = (stats.to_rows(active), stats.to_rows(limit)) if by_row else (active, limit)
         s = torch.where(may & torch.isfinite(s), torch.minimum(s, most), 0.0)
         part.state = {name: torch.where(active, state[name], old) for name, old in part.state.items()}
-        for item in self._items:
-            if item.part is part:
-                self._pull(item, stats, s, options, active, limit)
+        if rule.spec.granularity == "layer" and not rule.spec.shard_state:
+            for batch in self._batches:
+                if batch.part is part:
+                    batch.pull_(s)
+        else:
+            for item in self._items:
+                if item.part is part:
+                    self._pull(item, stats, s, options, active, limit)
         per_layer = stats.over_rows(s, "max").clamp(min=0.0) if by_row else s
         self._plan.report(part, per_layer, self._report(part, stats, per_layer, flags))
 
@@ -303,8 +269,7 @@ class Step:
         self, item: Item, stats: Stats, s: Tensor, options: Options, active: Tensor, limit: Tensor
     ) -> None:
         i, rule = item.index, item.part.rule
-        tensor = item.shard.tensor
-        weights = flat(tensor)
+        weight, anchor = item.tensors.flat_weight(), item.tensors.anchor
         if item.state:
             for cut, block in item.blocks(grads=False):
                 new = rule.next_shard_state(block, stats, partial(_to_elements, item=item, cut=cut))
@@ -314,14 +279,13 @@ class Step:
             for cut, block in item.blocks(grads=False):
                 each = rule.shrink_elements(block, options.lr[i], options.weight_decay[i])
                 each = torch.where(active[i] & torch.isfinite(each), each, 0.0).clamp(max=limit[i])
-                pull_(weights[item.cut][cut], block.anchor, each)
+                pull_(weight[cut], block.anchor, each)
         elif rule.spec.granularity == "row":
             for cut, block in item.blocks(grads=False):
-                pull_(weights[item.cut][cut], block.anchor, _to_elements(s, item=item, cut=cut))
+                pull_(weight[cut], block.anchor, _to_elements(s, item=item, cut=cut))
         else:
-            pull_(weights[item.cut], item.anchor, s[i])
-        if not tensor.is_contiguous():
-            tensor.copy_(weights.view(tensor.shape))
+            pull_(weight, anchor, s[i])
+        item.write_back()
 
     def _report(self, part: RulePart, stats: Stats, s: Tensor, flags: Tensor) -> dict[str, Tensor]:
         stepped = (flags[_HAS_GRAD] > 0)[part.columns]
@@ -330,13 +294,6 @@ class Step:
             now = stats.after[DELTA_SQ].sqrt() * (1 - s).abs()
             report["deviation"] = torch.where(stepped, now, torch.nan)
         return report
-
-
-def _as_it_is_now(shard: BoundShard) -> BoundShard:
-    """Without its gradient, in the memory where a base that puts new tensors in place has left it."""
-    if shard.owner is None:
-        return replace(shard, grad=None)
-    return replace(shard, grad=None, tensor=local_tensor(shard.owner))
 
 
 def _to_elements(per_row: Tensor, *, item: Item, cut: slice) -> Tensor:

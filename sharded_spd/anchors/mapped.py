@@ -84,6 +84,12 @@ class MappedValues:
         # What lies askew is held as bytes, a copy of which is aligned.
         return gather(self._part, begin * size, end * size).clone().view(self._stored).to(self.dtype)
 
+    def whole(self) -> Tensor | None:
+        """All values as a view of the file, where they lie there as asked; None where chunks are made."""
+        if self._part.dtype != self.dtype or not self._part.is_contiguous():
+            return None
+        return self._part.reshape(-1)
+
     def changed(self) -> str | None:
         """What has happened to the file since it was mapped, if anything has; then the values are lost."""
         return self._file.changed()

@@ -15,10 +15,10 @@ from sharded_spd.errors import UnsupportedError
 from sharded_spd.layout import Box, FlatRange, ShardSlice
 
 
-@torch.no_grad()
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part, sharing its storage."""
     if isinstance(tensor, DTensor):
+        # Under no_grad() by the caller it is the same tensor; a decorator here would cost more than it.
         tensor = tensor.to_local()
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
@@ -69,7 +69,6 @@ def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
     return ShardSlice(fqn, 0, numel, Box(tuple(box.offsets), tuple(box.sizes)))
 
 
-@torch.no_grad()
 def aligned_grad(param: Tensor) -> Tensor | None:
     """This rank's part of the gradient in the parameter's own placements.
 
@@ -87,8 +86,8 @@ def aligned_grad(param: Tensor) -> Tensor | None:
                 "DTensor.from_local"
             )
         if grad.placements != param.placements:
-            grad = grad.redistribute(placements=param.placements)
-            param.grad = grad
+            with torch.no_grad():
+                param.grad = grad = grad.redistribute(placements=param.placements)
     return local_tensor(grad)
 
 

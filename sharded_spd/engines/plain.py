@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -36,6 +38,26 @@ from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
 
 
+@dataclass(slots=True)
+class _Lineup:
+    """The tensors of an optimizer, as they were when its groups were last looked through."""
+
+    rows: list[tuple[BoundShard, Tensor, Part]]
+    groups: list[tuple[Mapping[str, Any], list[Tensor]]]
+
+    @property
+    def shards(self) -> list[BoundShard]:
+        return [shard for shard, _, _ in self.rows]
+
+    def fits(self, optimizer: Optimizer) -> bool:
+        """Whether the groups have the same tensors still."""
+        now = optimizer.param_groups
+        return len(now) == len(self.groups) and all(
+            group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            for group, (known, params) in zip(now, self.groups, strict=True)
+        )
+
+
 class ParameterAdapter:
     """Describes the parameters of `optimizers`; names come from `model`, else from `param_names`.
 
@@ -60,6 +82,7 @@ class ParameterAdapter:
         self._pieces: dict[str, tuple[ShardSlice, Part]] = {}
         self._groups: Sequence[ProcessGroup] = ()
         self._stepped: set[Optimizer] = set()
+        self._lineups: dict[Optimizer, _Lineup] = {}
         self._replicas = group
         self._wholes, self._everywhere = tuple(wholes), everywhere
         self._num_groups: list[int] = []
@@ -129,6 +152,7 @@ class ParameterAdapter:
             for before, now in zip(self._parts[param].slices, part.slices, strict=False)
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
+        self._lineups.clear()
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
         scopes, everywhere = _scopes(pieces), self._everywhere
@@ -183,32 +207,43 @@ class ParameterAdapter:
                     f"{type(whole).__name__} has {len(whole.param_groups)} param groups, {known} when the "
                     "anchors were bound; call bind() after adding groups, and before the next step"
                 )
-        shards = []
+        lineup = self._lineups.get(optimizer) if grads else None
+        if lineup is None or not lineup.fits(optimizer):
+            lineup = self._line_up(optimizer)
+            if grads:
+                self._lineups[optimizer] = lineup
+        for shard, param, part in lineup.rows:
+            local = param if part.local is None else part.local()
+            shard.tensor = local = local_tensor(local) if isinstance(local, DTensor) else local
+            if local.numel() != part.numel or (part.numel and local.data_ptr() == 0):
+                self._raise_moved(param, local, part)
+            shard.grad = self._grad(param, part) if grads and param.grad is not None else None
+            shard.has_state = shard.has_state or bool(optimizer.state.get(param))
+        if grads:
+            self._buckets.look(self._parts)
+        return lineup.shards
+
+    def _line_up(self, optimizer: Optimizer) -> _Lineup:
+        rows = []
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
                 part = self._parts.get(param)
                 if part is None:
                     self._raise_unknown(optimizer, group, g, i)
                     continue
-                local = self._local(param, part)
-                grad = self._grad(param, part.slices[0].layer) if grads else None
-                has_state = bool(optimizer.state.get(param))
                 owner = param if part.local is None else None
-                shards.append(
-                    BoundShard(local, grad, part.slices, group, param.requires_grad, has_state, owner=owner)
-                )
-        if grads:
-            self._buckets.look(self._parts)
-        return shards
+                shard = BoundShard(param, None, part.slices, group, param.requires_grad, owner=owner)
+                rows.append((shard, param, part))
+        return _Lineup(rows, [(group, list(group["params"])) for group in optimizer.param_groups])
 
     @staticmethod
-    def _grad(param: Tensor, fqn: str) -> Tensor | None:
+    def _grad(param: Tensor, part: Part) -> Tensor | None:
         if param.grad is not None and param.grad.layout != torch.strided:
             raise UnsupportedError(
-                f"layer {fqn!r} has a sparse gradient ({param.grad.layout}); wanted a dense one: construct "
-                "the embedding with sparse=False"
+                f"layer {part.slices[0].layer!r} has a sparse gradient ({param.grad.layout}); wanted a dense "
+                "one: construct the embedding with sparse=False"
             )
-        return aligned_grad(param)
+        return aligned_grad(param) if isinstance(param, DTensor) else param.grad
 
     def _raise_unknown(self, optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int) -> None:
         names = group.get("param_names")
@@ -220,21 +255,20 @@ class ParameterAdapter:
         )
 
     @staticmethod
-    def _local(param: Tensor, part: Part) -> Tensor:
-        local, fqn = local_tensor(param if part.local is None else part.local()), part.slices[0].layer
+    def _raise_moved(param: Tensor, local: Tensor, part: Part) -> None:
+        fqn = part.slices[0].layer
         if local.numel() != part.numel:
             raise BindingError(
                 f"the tensor of layer {fqn!r} has {local.numel()} elements, wanted {part.numel}: it was "
                 "sharded since the anchors were bound (call bind(model) with the wrapped model), or a "
                 "forward has gathered it and no backward has followed"
             )
-        if part.numel and param.untyped_storage().size() == 0 and not isinstance(param, DTensor):
+        if not isinstance(param, DTensor) and param.untyped_storage().size() == 0:
             raise BindingError(
                 f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
                 "after use, not its shard; build the optimizer right after fully_shard, or call "
                 "model.reshard() before it is built"
             )
-        return local
 
     def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
         """One call, of everything."""

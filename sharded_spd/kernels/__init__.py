@@ -1,6 +1,16 @@
 """Fused kernels: the sums, Adam's step with them, and the pull, of many slices in one call."""
 
 from sharded_spd.kernels.base import ADAM_NUMBERS, FORMED, Backend, Moments, Slice, Table
-from sharded_spd.kernels.choose import REFERENCE, kernels_for
+from sharded_spd.kernels.choose import REFERENCE, choose
 
-__all__ = ["ADAM_NUMBERS", "FORMED", "REFERENCE", "Backend", "Moments", "Slice", "Table", "kernels_for"]
+__all__ = [
+    "ADAM_NUMBERS",
+    "FORMED",
+    "REFERENCE",
+    "Backend",
+    "Moments",
+    "Slice",
+    "Table",
+    "choose",
+    "kernels_for",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,13 +85,13 @@ class Table(Protocol):
         ...
 
 
-class Backend(Protocol):
+class Backend(Protocol, Hashable):
     """Kernels for one kind of device. All backends give the same results, but for rounding."""
 
     name: str
 
     def takes(self, *tensors: Tensor | None) -> bool:
-        """Whether the kernels read and write such tensors: plain, contiguous, of this device and a known dtype."""
+        """Whether the kernels read and write such tensors: plain, contiguous, of their device and dtypes."""
         ...
 
     def table(self, slices: Sequence[Slice], last: Table | None = None) -> Table:

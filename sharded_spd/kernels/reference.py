@@ -36,7 +36,9 @@ class ReferenceTable:
         """See `Table`."""
         rows = []
         for s in self._slices:
-            wanted: tuple[Statistic, ...] = (GRAD_DOT_DELTA, DELTA_SQ) if grads and s.grad is not None else (DELTA_SQ,)
+            wanted: tuple[Statistic, ...] = (
+                (GRAD_DOT_DELTA, DELTA_SQ) if grads and s.grad is not None else (DELTA_SQ,)
+            )
             found = layer_sums(_blocks(s, grads=len(wanted) > 1), wanted)
             zero = torch.zeros((), dtype=torch.float64, device=s.weight.device)
             rows.append(torch.stack([zero] * (2 - len(found)) + found if found else [zero, zero]))

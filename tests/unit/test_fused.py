@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_spd import AdamSPD, fused
+from sharded_spd import AdamSPD
 from sharded_spd.anchors import TensorAnchor
-from sharded_spd.kernels.cpu import AdamSlice, Slice, adam
+from sharded_spd.step import Step
 
 LAMBDA = 2.0
 
@@ -20,11 +20,13 @@ class _Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.slices = 0
-        monkeypatch.setattr(fused, "adam", self)
+        step = Step.adam_
 
-    def __call__(self, slices: Any) -> Tensor:
-        self.slices += len(slices)
-        return adam(slices)
+        def counted(this: Step, items: Any, moments: Any, numbers: Tensor) -> None:
+            self.slices += len(items)
+            step(this, items, moments, numbers)
+
+        monkeypatch.setattr(Step, "adam_", counted)
 
 
 def _params(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -74,7 +76,8 @@ def test_as_the_two_apart(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"fused": None},
+        {"fused": False},
+        {"foreach": True},
         {"fused": True, "weight_decay": 0.0},
         {"fused": True, "lr": torch.tensor(0.01)},
         {"fused": True, "rule": "none"},
@@ -116,17 +119,15 @@ def test_maximize(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
 
 
-def test_bits_of_torchs_fused_adam() -> None:
-    """The same step but for the last elements, which torch takes one by one."""
-    torch.manual_seed(0)
-    numel = 4096
-    ours, theirs = torch.randn(numel), nn.Parameter(torch.empty(numel))
-    theirs.data.copy_(ours)
-    mean, square = torch.zeros(numel), torch.zeros(numel)
-    reference = torch.optim.Adam([theirs], lr=0.01, fused=True)
-    for step in range(1, 6):
-        theirs.grad = torch.randn(numel)
-        made = Slice(ours, None, theirs.grad)
-        adam([AdamSlice(made, mean, square, None, 0.01, (0.9, 0.999), 1e-8, float(step))])
-        reference.step()
-    assert torch.allclose(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.float32, 6), (torch.float64, 6), (torch.bfloat16, 0)])
+def test_by_default(dtype: torch.dtype, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing said, the kernels step what they step as torch's loop does, but for rounding."""
+    counted = _Counted(monkeypatch)
+    found = []
+    for fused in (None, False):
+        params = _params(dtype)
+        _train(params, AdamSPD(params, lr=0.01, weight_decay=LAMBDA, fused=fused), steps=2)
+        found.append(params)
+    assert counted.slices == taken
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)

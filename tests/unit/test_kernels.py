@@ -1,43 +1,44 @@
-"""The compiled sums against float64 torch, and how they are built."""
+"""The compiled kernels against plain torch, and how they are built."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharded_spd.kernels import compile as compiling
-from sharded_spd.kernels.cpu import Slice, can_sum, sums
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, Block, layer_sums
+from sharded_spd.kernels.base import Backend, Moments, Slice
+from sharded_spd.kernels.chunked import ChunkedKernels
+from sharded_spd.kernels.cpu import CpuKernels, cpu_kernels
+from sharded_spd.kernels.reference import ReferenceKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_compiled_kernels_are_there() -> None:
-    """Where the tests run there is a compiler; else all the others would compare torch with itself."""
-    assert compiling.load_library() is not None
-    assert can_sum(torch.ones(3), None, torch.ones(3, dtype=torch.bfloat16))
-    assert not can_sum(torch.ones(3, dtype=torch.int64))
-    assert not can_sum(torch.ones(6)[::2])
-    assert not can_sum(torch.ones(3, device="meta"))
+@pytest.fixture(name="cpu")
+def fixture_cpu() -> CpuKernels:
+    """Where the tests run there is a compiler; else all of these would compare torch with itself."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    return kernels
 
 
-def _reference(s: Slice) -> Tensor:
-    block = Block(s.weight, s.anchor, s.grad, s.grad_factor)
-    dot = torch.zeros((), dtype=torch.float64)
-    if s.grad is not None:
-        (dot,) = layer_sums(iter([block]), (GRAD_DOT_DELTA,))
-    (square,) = layer_sums(iter([block]), (DELTA_SQ,))
-    return torch.stack([dot, square])
+def test_takes(cpu: CpuKernels) -> None:
+    assert cpu.takes(torch.ones(3), None, torch.ones(3, dtype=torch.bfloat16), nn.Parameter(torch.ones(2, 2)))
+    assert not cpu.takes(torch.ones(3), torch.ones(3, dtype=torch.int64))
+    assert not cpu.takes(torch.ones(6)[::2])
+    assert not cpu.takes(torch.ones(3, device="meta"))
 
 
 @st.composite
@@ -45,36 +46,116 @@ def _slices(draw: st.DrawFn) -> Slice:
     numel = draw(st.one_of(st.integers(0, 1200), st.sampled_from([65535, 65536, 65537, 140000])))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
 
-    def some(dtype: torch.dtype) -> Tensor:
-        offset = draw(st.integers(0, 3))  # slices of flat tensors begin anywhere
-        return torch.randn(numel + offset, generator=generator).to(dtype)[offset:]
+    offset = draw(st.integers(0, 3))  # slices of flat tensors begin anywhere
 
-    weight = some(draw(st.sampled_from(DTYPES)))
-    anchor = some(draw(st.sampled_from(DTYPES))) if draw(st.booleans()) else None
-    grad = some(draw(st.sampled_from(DTYPES))) if draw(st.booleans()) else None
-    return Slice(weight, anchor, grad, draw(st.sampled_from([1.0, -1.0, 2.0**-10])))
+    def some(dtype: torch.dtype, numel: int) -> Tensor:
+        return torch.randn(numel, generator=generator).to(dtype)
+
+    weight = some(draw(st.sampled_from(DTYPES)), numel + offset + 2)
+    anchor = some(draw(st.sampled_from(DTYPES)), numel) if draw(st.booleans()) else None
+    grad = some(draw(st.sampled_from(DTYPES)), weight.numel()) if draw(st.booleans()) else None
+    return Slice(weight, offset, numel, anchor, grad, draw(st.sampled_from([1.0, -1.0, 2.0**-10])))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(_slices(), min_size=1, max_size=5))
+@given(slices=st.lists(_slices(), min_size=1, max_size=5))
 def test_sums(slices: list[Slice]) -> None:
     """Any dtypes, sizes and offsets; rounding alone sets the two apart."""
-    got = sums(slices)
-    for row, s in zip(got, slices, strict=True):
-        want = _reference(s)
-        scale = want[1].abs() + (0 if s.grad is None else s.grad.double().square().sum()) + 1e-30
-        assert (row - want).abs().max() <= 1e-13 * scale
+    cpu = cpu_kernels()
+    assert cpu is not None
+    got = cpu.table(slices).sums(grads=True)
+    want = ReferenceKernels().table(slices).sums(grads=True)
+    for ours, theirs, s in zip(got, want, slices, strict=True):
+        grad = s.flat_grad()
+        scale = theirs[1].abs() + (0 if grad is None else grad.double().square().sum()) + 1e-30
+        assert (ours - theirs).abs().max() <= 1e-13 * scale
+    assert torch.equal(cpu.table(slices).sums(grads=False)[:, 1], got[:, 1])
 
 
-def test_order_does_not_depend_on_threads_or_neighbours() -> None:
+def _close(ours: Tensor, theirs: Tensor) -> None:
+    """Within 2 units in the last place."""
+    spacing = torch.finfo(theirs.dtype).eps * theirs.double().abs().clamp(min=torch.finfo(theirs.dtype).tiny)
+    both_nan = ours.isnan() & theirs.isnan()
+    assert (both_nan | (ours == theirs) | ((ours.double() - theirs.double()).abs() <= 2 * spacing)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(slices=st.lists(_slices(), min_size=1, max_size=4), data=st.data())
+def test_pull(slices: list[Slice], data: st.DataObject) -> None:
+    """Short of the anchor, to it and beyond; 0 and what is not finite leave the bits alone."""
+    cpu = cpu_kernels()
+    assert cpu is not None
+    shares = [data.draw(st.sampled_from([0.0, 1e-7, 0.25, 0.5, 1.0, 3.0])) for _ in slices]
+    s = torch.tensor(shares, dtype=torch.float64)
+    for own in slices:
+        if own.numel > 2 and data.draw(st.booleans()):
+            own.weight[own.offset + 1] = float("inf")
+            own.weight[own.offset + 2] = float("nan")
+    others = [replace(own, weight=own.weight.clone()) for own in slices]
+    before = [own.weight.clone() for own in slices]
+    cpu.table(slices).pull_(s)
+    ReferenceKernels().table(others).pull_(s)
+    for ours, theirs, old, share in zip(slices, others, before, shares, strict=True):
+        _close(ours.weight, theirs.weight)
+        if share == 0:
+            assert torch.equal(ours.weight.view(torch.uint8), old.view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_adam_is_torchs_fused_adam(kind: torch.dtype, amsgrad: bool, kernels: str, cpu: CpuKernels) -> None:
+    """Five steps of a tensor's two slices, as torch steps all of it; and the sums around them."""
+    torch.manual_seed(0)
+    backend: Backend = cpu if kernels == "cpu" else ReferenceKernels()
+    numel = 4103
+    spans = ((0, 1030), (1030, numel))
+    ours, anchor = torch.randn(numel).to(kind), torch.randn(numel).to(kind)
+    theirs = nn.Parameter(ours.clone())
+    moments = Moments(*(torch.zeros(numel, dtype=kind) for _ in range(3 if amsgrad else 2)))
+    reference = torch.optim.Adam([theirs], lr=0.01, fused=True, amsgrad=amsgrad)
+    for t in range(1, 6):
+        grad = torch.randn(numel).to(kind)
+        slices = [Slice(ours, begin, end - begin, anchor[begin:end], grad) for begin, end in spans]
+        table, before = backend.table(slices), backend.table(slices).sums(grads=True)
+        row = [0.9, 0.999, 1e-8, 0.01 / (1 - 0.9**t), math.sqrt(1 - 0.999**t)]
+        rows = table.adam_([moments] * 2, torch.tensor([row, row], dtype=torch.float64))
+        theirs.grad = grad
+        reference.step()
+        torch.testing.assert_close(rows[:, :2], before, rtol=1e-13, atol=1e-10)
+        torch.testing.assert_close(rows[:, 2], table.sums(grads=False)[:, 1], rtol=1e-13, atol=1e-10)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=4 * torch.finfo(kind).eps, atol=1e-7)
+
+
+def test_chunk_by_chunk_to_the_last_bit(cpu: CpuKernels) -> None:
+    """As where an anchor is read from disk."""
+    torch.manual_seed(0)
+    made = []
+    for backend in (cpu, ChunkedKernels(cpu)):
+        torch.manual_seed(0)
+        slices = [
+            Slice(torch.randn(n + 3), 3, n, torch.randn(n), torch.randn(n + 3)) for n in (0, 5, 200_000)
+        ]
+        moments = [Moments(torch.zeros_like(s.weight), torch.zeros_like(s.weight)) for s in slices]
+        numbers = torch.tensor([[0.9, 0.999, 1e-8, 0.1, 0.03]] * 3, dtype=torch.float64)
+        table = backend.table(slices)
+        found = [table.sums(grads=True), table.adam_(moments, numbers)]
+        table.pull_(torch.tensor([1.0, 0.0, 0.3], dtype=torch.float64))
+        made.append([*found, *(s.weight for s in slices), *(m.square for m in moments)])
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
+def test_order_does_not_depend_on_threads_or_neighbours(cpu: CpuKernels) -> None:
     """The same bits with one thread and four, alone and among others."""
-    made = [Slice(torch.randn(n), torch.randn(n), torch.randn(n)) for n in (3, 70_000, 0, 300_001)]
+    numels = (3, 70_000, 0, 300_001)
+    made = [Slice(torch.randn(n), 0, n, torch.randn(n), torch.randn(n)) for n in numels]
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            found += [sums(made), torch.cat([sums([s]) for s in made])]
+            found.append(cpu.table(made).sums(grads=True))
+            found.append(torch.cat([cpu.table([s]).sums(grads=True) for s in made]))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, found[0]) for one in found)
@@ -82,11 +163,11 @@ def test_order_does_not_depend_on_threads_or_neighbours() -> None:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("where", ["weight", "grad"])
-def test_what_is_not_finite_shows(bad: float, where: str) -> None:
+def test_what_is_not_finite_shows(bad: float, where: str, cpu: CpuKernels) -> None:
     """A rule tells by the sums that a layer must be left alone."""
     weight, grad = torch.ones(1000), torch.ones(1000)
     (weight if where == "weight" else grad)[700] = bad
-    row = sums([Slice(weight, torch.zeros(1000), grad)])[0]
+    row = cpu.table([Slice(weight, 0, 1000, torch.zeros(1000), grad)]).sums(grads=True)[0]
     assert not torch.isfinite(row[0])
 
 

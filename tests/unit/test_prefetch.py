@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_spd import SPDConfig, attach, prefetch, step
+from sharded_spd import SPDConfig, attach, prefetch, roster
 from sharded_spd.anchors.base import Values
 from sharded_spd.config import AnchorConfig
 from sharded_spd.prefetch import ahead
@@ -134,7 +134,7 @@ def test_a_step_reads_all_of_it_through_the_lane(
 
     want = trained()
     assert not log
-    monkeypatch.setattr(step, "ahead", lambda wanted: ahead([(values, DEVICE) for values, _ in wanted]))
+    monkeypatch.setattr(roster, "ahead", lambda wanted: ahead([(values, DEVICE) for values, _ in wanted]))
     got = trained()
     assert log
     assert all(torch.equal(got[name], want[name]) for name in want)
