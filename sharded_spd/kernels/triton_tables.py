@@ -197,7 +197,9 @@ class TritonTable:
         num, columns = len(self._slices), partial.shape[1]
         out = torch.empty(num, columns, dtype=torch.float64, device=self._device)
         if num:
-            add_up_kernel[(num,)](plan.numbers.values, partial, out, num, COLUMNS=columns, **_OPTIONS)
+            add_up_kernel[(num, columns)](
+                plan.numbers.values, partial, out, num, COLUMNS=columns, num_warps=1, enable_fp_fusion=False
+            )
         return out
 
 
