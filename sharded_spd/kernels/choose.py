@@ -46,8 +46,11 @@ def _triton(device_type: str, *, insist: bool) -> Backend | None:
             capability = torch.cuda.get_device_capability()
             if capability < _OLDEST_GPU:
                 raise RuntimeError(f"compute capability {capability}; wanted {_OLDEST_GPU} or newer")
+        from sharded_spd.kernels.triton_kernels import INTERPRETED
         from sharded_spd.kernels.triton_tables import TritonKernels
 
+        if INTERPRETED and device_type == "cuda":
+            raise RuntimeError("TRITON_INTERPRET is set, and Triton's interpreter reads host memory alone")
         kernels = TritonKernels(device_type)
         # It needs a C compiler and a driver that fits: what is wrong with them shows at the first launch.
         kernels.table([Slice(torch.ones(1, device=device_type), 0, 1, None)]).sums(grads=False)

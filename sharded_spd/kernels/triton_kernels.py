@@ -37,7 +37,9 @@ def _total(x):
     return tl.sum(x, axis=0)
 
 
-_INTERPRETED = tl.constexpr(not isinstance(_total, triton.JITFunction))
+INTERPRETED = not isinstance(_total, triton.JITFunction)
+"""Whether TRITON_INTERPRET was set when this was imported: the kernels then read host memory, and only that."""
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit

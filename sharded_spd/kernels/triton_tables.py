@@ -83,7 +83,8 @@ class _Rows:
         if last is not None and self.is_last:
             self.numbers = last.numbers
         else:
-            self.numbers = _Numbers(torch.frombuffer(bytearray(rows), dtype=torch.int64), device)
+            # A table of no slices has an address all the same.
+            self.numbers = _Numbers(torch.frombuffer(bytearray(rows or 8), dtype=torch.int64), device)
 
 
 class _Plan:
