@@ -58,8 +58,8 @@ def _triton(device_type: str, *, insist: bool) -> Backend | None:
         text = f"{type(error).__name__}: {error}"
         if insist:
             raise RuntimeError(
-                f"{SWITCH}=triton: Triton cannot be used on {device_type} tensors ({text}). Install the triton "
-                f"that this torch asks for, and a C compiler; or set {SWITCH}=auto"
+                f"{SWITCH}=triton: Triton cannot be used on {device_type} tensors ({text}). Install the "
+                f"triton that this torch asks for, and a C compiler; or set {SWITCH}=auto"
             ) from error
         _LOG.info("plain torch is used on %s, Triton cannot be had: %s", device_type, text)
         return None

@@ -1,12 +1,13 @@
-"""The kernels in Triton: each program works on one chunk of one slice, whose addresses it reads from a table.
+"""The kernels in Triton: each program works on one chunk of one slice, whose addresses are in a table.
 
-To be launched with enable_fp_fusion=False: what is written here is what is computed, however the compiler cuts
-up a block. Sums are made of float64 products: data-centre GPUs form them at half the speed of float32 and wait
-for memory all the same; on GPUs that are slow at them an element costs about ten, still no more than its bytes.
+To be launched with enable_fp_fusion=False: what is written here is what is computed, however the compiler
+cuts up a block. Sums are made of float64 products: data-centre GPUs form them at half the speed of float32
+and wait for memory all the same; where they are slow, the few of an element still cost less than its bytes.
+
+Within a kernel every value is a tensor of Triton's: annotations would say nothing.
 """
-# mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202, D417
-# (Within a kernel every value is a tensor of Triton's; annotations would be read by its compiler.)
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ CHUNK = 16384
 """Elements of one partial sum, and of one program: small enough that a model of 1e8 elements fills a GPU."""
 
 ROW_WORDS = 7
-"""Addresses of weight, anchor, gradient and its factor; the factor as float64; count; kinds (for the host)."""
+"""Addresses of weight, anchor, gradient and its factor; the factor as float64; count; the host's kinds."""
 
 MOMENTS_WORDS = 4
-"""Addresses of mean, square and most; kind (for the host)."""
+"""Addresses of mean, square and most; the host's kinds."""
 
 _CHUNK = tl.constexpr(CHUNK)
 _BLOCK = tl.constexpr(1024)
@@ -38,7 +39,7 @@ def _total(x):
 
 
 INTERPRETED = not isinstance(_total, triton.JITFunction)
-"""Whether TRITON_INTERPRET was set when this was imported: the kernels then read host memory, and only that."""
+"""Whether TRITON_INTERPRET was set when this was imported: the kernels then read host memory alone."""
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
@@ -106,7 +107,9 @@ def _factor(row, F: tl.constexpr):
 
 
 @triton.jit
-def _sum_block(dot, square, weight, anchor, grad, at, count, A: tl.constexpr, G: tl.constexpr, MASKED: tl.constexpr):
+def _sum_block(
+    dot, square, weight, anchor, grad, at, count, A: tl.constexpr, G: tl.constexpr, MASKED: tl.constexpr
+):
     d = _widen(_load(weight, at, count, MASKED), tl.float64)
     if A is not None:
         d = d - _widen(_load(anchor, at, count, MASKED), tl.float64)
@@ -124,7 +127,7 @@ def sums_kernel(
 ):  # fmt: skip
     """Partial sums of chunks `first`, ...: <f g, d>, |d|^2 and, where there are 3 columns, |d|^2 again.
 
-    W, A, G, F: dtypes of weight, anchor, gradient and its factor; None where there is none (F: it is in the row).
+    W, A, G, F: dtypes of weight, anchor, gradient and its factor; None: there is none (F: it is in the row).
     """
     chunk = first + tl.program_id(0).to(tl.int64)
     i, begin, count = _place(rows, plan, num, chunk)
@@ -193,8 +196,9 @@ def _divide(x, y, REAL: tl.constexpr):
 
 @triton.jit
 def _adam_block(
-    dot, before, after, weight, anchor, grad, mean, square, most, factor, coefficient, small, beta2, rest2, eps,
-    step, root, at, count, A: tl.constexpr, REAL: tl.constexpr, AMSGRAD: tl.constexpr, MASKED: tl.constexpr,
+    dot, before, after, weight, anchor, grad, mean, square, most, factor, coefficient, small, beta2, rest2,
+    eps, step, root, at, count,
+    A: tl.constexpr, REAL: tl.constexpr, AMSGRAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     stored = _load(weight, at, count, MASKED)
     raw_grad = _load(grad, at, count, MASKED)
@@ -236,7 +240,7 @@ def adam_kernel(
     W: tl.constexpr, A: tl.constexpr, G: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
     AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Adam's step of chunks `first`, ..., as torch's fused Adam, and their partial sums; M: of the moments."""
+    """Adam's step of chunks `first`, ..., as torch's fused one, and their partial sums; M: of the moments."""
     REAL: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
     chunk = first + tl.program_id(0).to(tl.int64)
     i, begin, count = _place(rows, plan, num, chunk)
@@ -302,9 +306,7 @@ def _pull_block(weight, anchor, share, at, count, A: tl.constexpr, REAL: tl.cons
 
 
 @triton.jit(do_not_specialize=["num", "first"])
-def pull_kernel(
-    rows, shares, plan, num, first, W: tl.constexpr, A: tl.constexpr, ALIGNED: tl.constexpr
-):
+def pull_kernel(rows, shares, plan, num, first, W: tl.constexpr, A: tl.constexpr, ALIGNED: tl.constexpr):
     """w <- w - s * (w - w0) in chunks `first`, ..."""
     REAL: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
     chunk = first + tl.program_id(0).to(tl.int64)

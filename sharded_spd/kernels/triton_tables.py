@@ -1,4 +1,4 @@
-"""Triton's kernels on slices in a GPU's memory: one launch per combination of dtypes, whatever their number."""
+"""Triton's kernels on slices in a GPU's memory: one launch for all that are alike in their dtypes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from torch import Tensor
 from sharded_spd.kernels.base import Moments, Slice, Table
 from sharded_spd.kernels.triton_kernels import (
     CHUNK,
-    MOMENTS_WORDS,
-    ROW_WORDS,
     adam_kernel,
     add_up_kernel,
     pull_kernel,
@@ -70,8 +68,8 @@ class _Numbers:
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
         # Kept: a graph that captures the upload reads the host's memory at every replay.
-        self._host = host.pin_memory() if device.type == "cuda" else host
-        self.values = self._host.to(device, non_blocking=True)
+        self._host: Tensor = host.pin_memory() if device.type == "cuda" else host
+        self.values: Tensor = self._host.to(device, non_blocking=True)
 
 
 class _Rows:
@@ -80,6 +78,7 @@ class _Rows:
     def __init__(self, rows: bytes, device: torch.device, last: _Rows | None) -> None:
         self.host = rows
         self.is_last = last is not None and last.host == rows and last.numbers.values.device == device
+        self.numbers: _Numbers
         if last is not None and self.is_last:
             self.numbers = last.numbers
         else:
@@ -125,9 +124,11 @@ class TritonTable:
         self._slices = slices
         self._numels = [s.numel for s in slices]
         self._device = slices[0].weight.device if slices else torch.device("cpu")
-        self._moments, self._adam_plan = (None, None) if last is None else (last._moments, last._adam_plan)
+        self._moments: _Rows | None = None if last is None else last._moments
+        self._adam_plan: _Plan | None = None if last is None else last._adam_plan
+        self._plan: _Plan
         rows, self._kinds = _pack(slices)
-        self._rows = _Rows(rows, self._device, None if last is None else last._rows)
+        self._rows: _Rows = _Rows(rows, self._device, None if last is None else last._rows)
         if last is not None and (
             self._rows.is_last or last._plan.fits(self._kinds, self._numels, self._device)
         ):
@@ -140,16 +141,16 @@ class TritonTable:
         partial = self._partial(self._plan, 2)
         with self._launching(self._plan.numbers):
             for kinds, first, count in self._plan.launches:
-                self._sum(self._plan, partial, kinds if grads else kinds & ~0xFF00, first, count)
+                self._sum(self._plan, partial, kinds if grads else kinds & _NO_GRADS, first, count)
             return self._add_up(self._plan, partial)
 
     def adam_(self, moments: Sequence[Moments], numbers: Tensor) -> Tensor:
         """See `Table`."""
-        rows, kinds = _pack_moments(self._slices, moments, self._kinds)
+        rows, all_kinds = _pack_moments(self._slices, moments, self._kinds)
         self._moments = _Rows(rows, self._device, self._moments)
         plan = self._adam_plan
-        if plan is None or not plan.fits(kinds, self._numels, self._device):
-            plan = self._adam_plan = _Plan(kinds, self._numels, self._device)
+        if plan is None or not plan.fits(all_kinds, self._numels, self._device):
+            plan = self._adam_plan = _Plan(all_kinds, self._numels, self._device)
         numbers = numbers.contiguous()
         partial = self._partial(plan, 3)
         with self._launching(plan.numbers, self._moments.numbers):
@@ -160,9 +161,9 @@ class TritonTable:
                 adam_kernel[(count,)](
                     self._rows.numbers.values, self._moments.numbers.values, numbers,
                     plan.numbers.values, partial, len(self._slices), first,
-                    W=_type(kinds), A=_type(kinds >> _ANCHOR), G=_type(kinds >> _GRAD), F=_type(kinds >> _FACTOR),
-                    M=_type(kinds >> _STATE), AMSGRAD=bool(kinds & _AMSGRAD), ALIGNED=bool(kinds & _ALIGNED),
-                    **_OPTIONS,
+                    W=_type(kinds), A=_type(kinds >> _ANCHOR), G=_type(kinds >> _GRAD),
+                    F=_type(kinds >> _FACTOR), M=_type(kinds >> _STATE), AMSGRAD=bool(kinds & _AMSGRAD),
+                    ALIGNED=bool(kinds & _ALIGNED), **_OPTIONS,
                 )  # fmt: skip
             return self._add_up(plan, partial)
 
@@ -210,7 +211,8 @@ def _type(kinds: int) -> Any:
 
 def _pack(slices: Sequence[Slice]) -> tuple[bytes, list[int]]:
     """Rows as the kernels read them, and each slice's kinds."""
-    rows, all_kinds, pack, number = [], [], _ROW.pack, _KINDS
+    rows, pack, number = [], _ROW.pack, _KINDS
+    all_kinds: list[int] = []
     for s in slices:
         weight, anchor, grad, factor = s.weight, s.anchor, s.grad, s.grad_factor
         weight_at = all_at = weight.data_ptr() + s.offset * weight.itemsize
@@ -239,7 +241,8 @@ def _pack_moments(
     slices: Sequence[Slice], moments: Sequence[Moments], slice_kinds: Sequence[int]
 ) -> tuple[bytes, list[int]]:
     """Rows as the kernels read them, and each slice's kinds with those of its moments."""
-    rows, all_kinds, pack = [], [], _MOMENTS_ROW.pack
+    rows, pack = [], _MOMENTS_ROW.pack
+    all_kinds: list[int] = []
     for s, m, kinds in zip(slices, moments, slice_kinds, strict=True):
         shift = s.offset * m.mean.itemsize
         mean, square = m.mean.data_ptr() + shift, m.square.data_ptr() + shift

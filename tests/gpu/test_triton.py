@@ -1,4 +1,4 @@
-"""Triton's kernels on an NVIDIA GPU: as plain torch there, without a wait of the host, and in a CUDA graph."""
+"""Triton's kernels on an NVIDIA GPU: as plain torch, without a wait of the host, and in a CUDA graph."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=110, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=110, cwd=ROOT
+    )
 
 
 if not INSIDE:
@@ -117,7 +119,7 @@ else:
         assert torch.equal(found[:1], ChunkedKernels(KERNELS).table([two]).sums(grads=True))
 
     def test_what_is_not_finite() -> None:
-        """It shows in the sums; a weight that has no way back, or would leave its dtype's range, stays as it is."""
+        """It shows in the sums; a weight with no way back, or one that would overflow, stays as it is."""
         weight = torch.tensor([1.0, float("inf"), float("nan"), 60000.0, -0.0], dtype=torch.float16)
         anchor = torch.tensor([3.0, 1.0, 1.0, -60000.0, 1.0], dtype=torch.float16)
         table = KERNELS.table([Slice(weight, 0, 5, anchor, torch.ones(5), 1.0)] * 2)
@@ -130,7 +132,7 @@ else:
         assert torch.equal(weight.nan_to_num(), want.nan_to_num())
 
     def test_nothing_is_uploaded_twice() -> None:
-        """In steps that find their tensors where they were; new gradients cost the rows of addresses alone."""
+        """In steps that find their tensors where they were; new gradients cost the addresses alone."""
         work = mixed_work((1024, 70, 0), seed=3, weights=[torch.float32])
         first = KERNELS.table(work.slices)
         first.adam_(work.moments, work.numbers)
