@@ -194,6 +194,8 @@ class AdamSPD(Adam):
         return lists
 
     def _adam(self, group: dict[str, Any], lists: Lists, done: set[Tensor]) -> None:
+        if done and done.issuperset(lists[0]):
+            return
         if done:
             keep = [i for i, param in enumerate(lists[0]) if param not in done]
             lists = [[own[i] for i in keep] if own else own for own in lists]

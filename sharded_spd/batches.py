@@ -90,10 +90,14 @@ class Batches:
     def of(self, items: Sequence[Item], purpose: str) -> list[Batch]:
         """The batches of `items`; those of one `purpose` are most like those of the step before."""
         found: dict[tuple[int, str, str, torch.device], tuple[Backend, list[Item]]] = {}
+        last: tuple[RulePart, Backend, torch.device] | None = None
+        own: list[Item] = []
         for item in items:
-            backend = item.backend
-            key = (id(item.part), purpose, backend.name, item.tensors.weight.device)
-            found.setdefault(key, (backend, []))[1].append(item)
+            part, backend, device = now = (item.part, item.backend, item.tensors.weight.device)
+            if now != last:
+                last, key = now, (id(part), purpose, backend.name, device)
+                _, own = found.setdefault(key, (backend, []))
+            own.append(item)
         batches = []
         for key, (backend, own) in found.items():
             if key not in self._kept:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.engines.dtensor import local_tensor
@@ -63,7 +64,7 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
             state = Moments(
                 local_tensor(means[i]), local_tensor(squares[i]), local_tensor(most[i]) if most else None
             )
-            if steps[i].device.type == "cpu" and _may_step(state, own[0].backend):
+            if steps[i].is_cpu and _may_step(state, own[0].backend):
                 done.add(param)
                 counts.append(steps[i])
                 owned.append(own)
@@ -76,16 +77,22 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
     return done
 
 
+def _here(state: Tensor) -> Tensor:
+    return local_tensor(state) if isinstance(state, DTensor) else state
+
+
 def _may_step(state: Moments, backend: Backend) -> bool:
-    kept = [t for t in (state.mean, state.square, state.most) if t is not None]
-    return backend.takes(*kept) and all(t.dtype == state.mean.dtype for t in kept)
+    dtype = state.mean.dtype
+    alike = state.square.dtype == dtype and (state.most is None or state.most.dtype == dtype)
+    return alike and backend.takes(state.mean, state.square, state.most)
 
 
 def _numbers(group: Mapping[str, Any], counts: list[Tensor], owned: Sequence[Sequence[Item]]) -> list[bytes]:
     """Count the step (modified in place), and give each item its row of Adam's numbers."""
     if not counts:
         return []
-    torch._foreach_add_(counts, 1)
+    # By a tensor, as torch does on CPU: a number would be made a tensor once per parameter.
+    torch._foreach_add_(counts, torch.ones(()), alpha=1.0)
     made: dict[float, bytes] = {}
     rows = []
     beta1, beta2 = group["betas"]

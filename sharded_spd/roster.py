@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.batches import Batches
@@ -125,10 +126,11 @@ class Roster:
             if shard is not last:
                 last = shard
                 shard.grad = None
-                if shard.owner is not None:
+                if isinstance(shard.owner, DTensor):
                     shard.tensor = local_tensor(shard.owner)
             item.tensors.grad = None
-            item.look()
+            if item.tensors.weight is not shard.tensor:
+                item.look()
 
     @staticmethod
     def let_go(live: Sequence[Item]) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
-from sharded_spd.layout import FlatRange, ShardSlice
+from sharded_spd.layout import Box, FlatRange, ShardSlice
 
 SEEDS = (0x5350445F616E6368, 0x6F725F7368617264)
 _REST = 1 << 62
-_CHUNK = 1 << 18
+_CHUNK = 1 << 15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
@@ -31,23 +31,40 @@ def _signed(x: int) -> int:
 def _mix64(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64; arithmetic is modulo 2^64."""
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(multiplier)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+        x = _xor_shifted(x, shift).mul_(_signed(multiplier))
+    return _xor_shifted(x, 31)
+
+
+def _xor_shifted(x: Tensor, shift: int) -> Tensor:
+    """A new tensor x ^ (x >> shift), zeros shifted in; in place beyond the first, since memory is slow."""
+    return (x >> shift).bitwise_and_((1 << (64 - shift)) - 1).bitwise_xor_(x)
+
+
+def _run_start(region: Box, shape: tuple[int, ...]) -> int | None:
+    """Where the box begins in the flattened layer if it is one run there, as whole rows are; else None."""
+    split = next((dim for dim, size in enumerate(region.sizes) if size != 1), len(shape))
+    if region.sizes[split + 1 :] != tuple(shape[split + 1 :]):
+        return None
+    return sum(offset * prod(shape[dim + 1 :]) for dim, offset in enumerate(region.offsets))
 
 
 def _flat_indices(
     piece: ShardSlice, shape: tuple[int, ...], begin: int, end: int, device: torch.device
 ) -> Tensor:
     """Index in the flattened layer of elements `[begin, end)` of the slice, int64."""
-    local = torch.arange(begin, end, device=device)
-    if isinstance(piece.region, FlatRange):
-        return local + piece.region.start
-    index = torch.zeros_like(local)
-    for dim in range(len(shape)):
-        inner = prod(piece.region.sizes[dim + 1 :])
-        coordinate = local // inner % piece.region.sizes[dim] + piece.region.offsets[dim]
-        index += coordinate * prod(shape[dim + 1 :])
-    return index
+    region = piece.region
+    if isinstance(region, FlatRange):
+        return torch.arange(region.start + begin, region.start + end, device=device)
+    start = _run_start(region, shape)
+    if start is not None:
+        return torch.arange(start + begin, start + end, device=device)
+    rest = torch.arange(begin, end, device=device)
+    index = torch.full_like(rest, region.offsets[0] * prod(shape[1:]))
+    for dim in range(len(shape) - 1, 0, -1):
+        coordinate = rest.remainder(region.sizes[dim]).add_(region.offsets[dim])
+        index += coordinate.mul_(prod(shape[dim + 1 :]))
+        rest = rest.div_(region.sizes[dim], rounding_mode="floor")
+    return index.add_(rest.mul_(prod(shape[1:])))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,15 @@ def mesh_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
         yield from (mesh.get_group(axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1)
 
 
-def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
+Boxes = dict[tuple[Any, ...], tuple[Any, ...]]
+"""What this rank holds, by shape, placements and mesh: the layers of a model repeat few of them."""
+
+
+def whole_slice(fqn: str, tensor: Tensor, known: Boxes | None = None) -> ShardSlice:
     """The slice that `tensor` holds of layer `fqn` on this rank.
+
+    `known` (modified in place) keeps the blocks that torch was asked for: for a layer that is split along two
+    axes of the mesh it makes a list as long as the axis is.
 
     Raises:
         UnsupportedError: for placements whose local part is no single block of the layer.
@@ -57,7 +65,11 @@ def whole_slice(fqn: str, tensor: Tensor) -> ShardSlice:
             f"layer {fqn!r} is a parameter with placements {tensor.placements}; wanted Replicate or Shard: "
             "redistribute the parameter before it is given to the optimizer"
         )
-    chunks = tensor.__create_chunk_list__()
+    known = {} if known is None else known
+    key = (tuple(tensor.shape), tensor.placements, tensor.device_mesh)
+    if key not in known:
+        known[key] = tuple(tensor.__create_chunk_list__())
+    chunks = known[key]
     numel = local_tensor(tensor).numel()
     box = chunks[0]
     if len(chunks) != 1 or prod(box.sizes) != numel:

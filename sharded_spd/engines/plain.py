@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from sharded_spd.engines.base import made_up_name
 from sharded_spd.engines.dtensor import (
+    Boxes,
     aligned_grad,
     as_dtensor,
     local_tensor,
@@ -122,11 +123,11 @@ class ParameterAdapter:
         pieces: dict[str, tuple[ShardSlice, Part]] = {}
         params: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        named = True
+        named, boxes = True, Boxes()
         for fqn, param, own_name in self._walk():
             if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
                 return None
-            part = self._part(fqn, param)
+            part = self._part(fqn, param, boxes)
             if param in parts:
                 raise BindingError(
                     f"layer {fqn!r} is in the optimizers twice; give every parameter to one group only"
@@ -158,7 +159,7 @@ class ParameterAdapter:
         scopes, everywhere = _scopes(pieces), self._everywhere
         return ShardLayout(tuple(params), shapes, scopes, self._view.fqns, renamed, everywhere=everywhere)
 
-    def _part(self, fqn: str, param: Tensor) -> Part:
+    def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
         if param.is_complex() or not param.is_floating_point():
             raise UnsupportedError(
                 f"layer {fqn!r} has dtype {param.dtype}; wanted a real floating-point dtype"
@@ -174,7 +175,7 @@ class ParameterAdapter:
             )
         numel, shape = local_tensor(param).numel(), tuple(param.shape)
         split, groups = tuple(shard_groups(param)), tuple(mesh_groups(param))
-        return Part((whole_slice(fqn, param),), (shape,), numel, split, groups, flat=False)
+        return Part((whole_slice(fqn, param, boxes),), (shape,), numel, split, groups, flat=False)
 
     def _walk(self) -> Iterator[tuple[str, Tensor, bool]]:
         several = len(self.optimizers) > 1

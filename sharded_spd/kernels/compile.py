@@ -17,7 +17,8 @@ from pathlib import Path
 from sharded_spd.kernels.switch import SWITCH, choice
 
 _LOG = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_io.h", "cpu_adam.h", "cpu_pull.h"))
+_NAMES = ("cpu.c", "cpu_io.h", "cpu_fast.h", "cpu_adam.h", "cpu_pull.h")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
 _SECONDS = 120
 

@@ -40,6 +40,26 @@ static double total(const double *lanes) {
     return halves[0];
 }
 
+/* Adam's moments of a slice; `most` only with amsgrad. */
+typedef struct {
+    char *mean, *square, *most;
+    int64_t kind;
+} moments;
+
+typedef struct {
+    double beta1, beta2, eps, step_size, root_correction;
+} numbers;
+
+#include "cpu_fast.h"
+
+/* Calls one of the functions above with the anchor's kind, which is then known where it is compiled. */
+#define WITH_KIND(call, ...)                                  \
+    switch (s->anchor_kind) {                                 \
+    case F32: call(__VA_ARGS__, F32); break;                  \
+    case BF16: call(__VA_ARGS__, BF16); break;                \
+    default: call(__VA_ARGS__, NONE);                         \
+    }
+
 /* Adds (w - a)^2 to `square` and, where there is a gradient, factor * g * (w - a) to `dot`; w becomes w - a. */
 static void add_sums(double *restrict w, double *restrict a, double *restrict g, double factor, int64_t n,
                      double *restrict square, double *restrict dot) {
@@ -57,7 +77,7 @@ static void add_sums(double *restrict w, double *restrict a, double *restrict g,
         for (int l = 0; l < LANES; l++) dot[l] += g[i + l] * factor * w[i + l];
 }
 
-/* sums[0] = <factor * g, w - w0>, sums[1] = |w - w0|^2 of elements [begin, end). */
+/* Adds <factor * g, w - w0> to sums[0] and |w - w0|^2 to sums[1], of elements [begin, end). */
 static void chunk_sums(const slice *s, int grads, int64_t begin, int64_t end, double *sums) {
     double dot[LANES] = {0}, square[LANES] = {0};
     double w[PIECE], a[PIECE], g[PIECE];
@@ -68,8 +88,8 @@ static void chunk_sums(const slice *s, int grads, int64_t begin, int64_t end, do
         if (grads) load_f64(g, s->grad, s->grad_kind, at, n);
         add_sums(w, a, grads ? g : 0, s->factor, n, square, dot);
     }
-    sums[0] = total(dot);
-    sums[1] = total(square);
+    sums[0] += total(dot);
+    sums[1] += total(square);
 }
 
 /* The slice that chunk `c` belongs to, and which elements of it the chunk is. */
@@ -103,26 +123,27 @@ void spd_sums(const slice *slices, int64_t num, int64_t chunks, double *partial,
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < chunks; c++) {
         int64_t begin, end, i = find(slices, num, c, &begin, &end);
-        chunk_sums(&slices[i], grads && slices[i].grad_kind, begin, end, partial + 2 * c);
+        const slice *s = &slices[i];
+        int some = grads && s->grad_kind;
+        int fast = is_fast(s) && (!some || s->grad_kind == F32);
+        int64_t even = even_end(begin, end);
+        double *sums = partial + 2 * c;
+        sums[0] = sums[1] = 0;
+        chunk_sums(s, some, even, end, sums);
+        /* Both ways add up in the same order, so that a sum depends on the values alone. */
+        if (!fast) chunk_sums(s, some, begin, even, sums);
+        else if (some) WITH_KIND(sums_fast, s, 1, begin, even, sums)
+        else WITH_KIND(sums_fast, s, 0, begin, even, sums)
     }
     add_up(slices, num, chunks, partial, out, 2);
 }
-
-/* Adam's moments of a slice; `most` only with amsgrad. */
-typedef struct {
-    char *mean, *square, *most;
-    int64_t kind;
-} moments;
-
-typedef struct {
-    double beta1, beta2, eps, step_size, root_correction;
-} numbers;
 
 #define REAL double
 #define NAME(x) x##_f64
 #define SQRT sqrt
 #define FMA fma
 #include "cpu_adam.h"
+#include "cpu_pull.h"
 #undef REAL
 #undef NAME
 #undef SQRT
@@ -132,94 +153,16 @@ typedef struct {
 #define SQRT sqrtf
 #define FMA fmaf
 #include "cpu_adam.h"
+#include "cpu_pull.h"
 #undef REAL
 #undef NAME
 #undef SQRT
 #undef FMA
 
-/* The common case, all in float32 (the anchor also in bfloat16, or none): eight elements at a time in registers. */
-typedef float f8 __attribute__((vector_size(32)));
-typedef double d8 __attribute__((vector_size(64)));
-typedef uint16_t h8 __attribute__((vector_size(16)));
-typedef uint32_t u8 __attribute__((vector_size(32)));
-
-static inline f8 get8(const float *p) {
-    f8 x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-static inline f8 anchor8(const char *p, int64_t kind, int64_t i) {
-    if (kind == F32) return get8((const float *)p + i);
-    if (kind == NONE) return (f8){0};
-    h8 half;
-    memcpy(&half, (const uint16_t *)p + i, sizeof half);
-    u8 bits = __builtin_convertvector(half, u8) << 16;
-    f8 x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static inline f8 root8(f8 x) {
-    f8 y;
-    for (int l = 0; l < 8; l++) y[l] = sqrtf(x[l]);
-    return y;
-}
-
-static inline f8 fma8(f8 a, f8 b, f8 c) {
-    f8 y;
-    for (int l = 0; l < 8; l++) y[l] = fmaf(a[l], b[l], c[l]);
-    return y;
-}
-
-static inline __attribute__((always_inline)) void adam_fast(const slice *s, const moments *o, const numbers *x,
-                                                            int64_t begin, int64_t end, double *sums,
-                                                            int64_t kind) {
-    float *w = (float *)s->weight, *m = (float *)o->mean, *v = (float *)o->square;
-    const float *g = (const float *)s->grad;
-    const float factor = (float)s->factor, rest1 = (float)(1 - x->beta1), rest2 = (float)(1 - x->beta2);
-    const float beta2 = (float)x->beta2, eps = (float)x->eps;
-    const float step = (float)x->step_size, root = (float)x->root_correction;
-    d8 dot[2] = {{0}}, before[2] = {{0}}, after[2] = {{0}};
-    for (int64_t i = begin; i < end; i += 16)
-        for (int u = 0; u < 2; u++) {
-            int64_t at = i + 8 * u;
-            f8 grad = get8(g + at) * factor, weight = get8(w + at), mean = get8(m + at), square = get8(v + at);
-            d8 a = __builtin_convertvector(anchor8(s->anchor, kind, at), d8);
-            d8 d = __builtin_convertvector(weight, d8) - a;
-            dot[u] += __builtin_convertvector(grad, d8) * d;
-            before[u] += d * d;
-            mean = fma8((f8){0} + rest1, grad - mean, mean);
-            square = fma8(rest2 * grad, grad, beta2 * square);
-            weight -= step * mean / (root8(square) / root + eps);
-            memcpy(m + at, &mean, sizeof mean);
-            memcpy(v + at, &square, sizeof square);
-            memcpy(w + at, &weight, sizeof weight);
-            d = __builtin_convertvector(weight, d8) - a;
-            after[u] += d * d;
-        }
-    d8 *all[3] = {dot, before, after};
-    for (int k = 0; k < 3; k++) {
-        double lanes[LANES];
-        memcpy(lanes, all[k], sizeof lanes);
-        sums[k] += total(lanes);
-    }
-}
-
-static int is_fast(const slice *s, const moments *o) {
-    return s->weight_kind == F32 && s->grad_kind == F32 && o->kind == F32 && !o->most &&
-           (s->anchor_kind == F32 || s->anchor_kind == BF16 || s->anchor_kind == NONE);
-}
-
-static void adam_chunk_fast(const slice *s, const moments *o, const numbers *x, int64_t begin, int64_t end,
-                            double *sums) {
-    int64_t even = begin + (end - begin) / 16 * 16;
-    adam_chunk_f32(s, o, x, even, end, sums);
-    switch (s->anchor_kind) {
-    case F32: adam_fast(s, o, x, begin, even, sums, F32); break;
-    case BF16: adam_fast(s, o, x, begin, even, sums, BF16); break;
-    default: adam_fast(s, o, x, begin, even, sums, NONE);
-    }
+static void adam_chunk(const slice *s, const moments *o, const numbers *x, int64_t begin, int64_t end,
+                       double *sums) {
+    if (s->weight_kind == F64) adam_chunk_f64(s, o, x, begin, end, sums);
+    else adam_chunk_f32(s, o, x, begin, end, sums);
 }
 
 /* Adam's step of every slice; `out` [num][3]: <factor * g, d>, |d|^2 and, after the step, |d|^2. */
@@ -229,32 +172,31 @@ void spd_adam(const slice *slices, int64_t num, int64_t chunks, double *partial,
     for (int64_t c = 0; c < chunks; c++) {
         int64_t begin, end, i = find(slices, num, c, &begin, &end);
         const slice *s = &slices[i];
+        const moments *o = &all[i];
         double *sums = partial + 3 * c;
-        if (is_fast(s, &all[i])) adam_chunk_fast(s, &all[i], &each[i], begin, end, sums);
-        else if (s->weight_kind == F64) adam_chunk_f64(s, &all[i], &each[i], begin, end, sums);
-        else adam_chunk_f32(s, &all[i], &each[i], begin, end, sums);
+        int fast = is_fast(s) && s->grad_kind == F32 && o->kind == F32 && !o->most;
+        int64_t even = even_end(begin, end);
+        memset(sums, 0, 3 * sizeof *sums);
+        /* As in spd_sums, in the same order: the rest first, then what is taken 16 at a time. */
+        adam_chunk(s, o, &each[i], even, end, sums);
+        if (fast) WITH_KIND(adam_fast, s, o, &each[i], begin, even, sums)
+        else adam_chunk(s, o, &each[i], begin, even, sums);
     }
     add_up(slices, num, chunks, partial, out, 3);
 }
 
-#define REAL double
-#define NAME(x) x##_f64
-#include "cpu_pull.h"
-#undef REAL
-#undef NAME
-#define REAL float
-#define NAME(x) x##_f32
-#include "cpu_pull.h"
-#undef REAL
-#undef NAME
 
 /* Pulls every slice by its share `pull` [num] of the way back to its anchor; a share of 0 touches nothing. */
 void spd_pull(const slice *slices, int64_t num, int64_t chunks, const double *pull, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int64_t c = 0; c < chunks; c++) {
         int64_t begin, end, i = find(slices, num, c, &begin, &end);
+        const slice *s = &slices[i];
         if (pull[i] == 0) continue;
-        if (slices[i].weight_kind == F64) pull_chunk_f64(&slices[i], pull[i], begin, end);
-        else pull_chunk_f32(&slices[i], pull[i], begin, end);
+        int64_t even = is_fast(s) ? even_end(begin, end) : begin;
+        if (s->weight_kind == F64) pull_chunk_f64(s, pull[i], even, end);
+        else pull_chunk_f32(s, pull[i], even, end);
+        if (even == begin) continue;
+        WITH_KIND(pull_fast, s, pull[i], begin, even)
     }
 }

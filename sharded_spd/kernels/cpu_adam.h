@@ -35,7 +35,7 @@ static void NAME(adam_chunk)(const slice *s, const moments *o, const numbers *x,
         load_f64(d, s->weight, s->weight_kind, at, n);
         add_sums(d, a, 0, 1, n, after, dot);
     }
-    sums[0] = total(dot);
-    sums[1] = total(before);
-    sums[2] = total(after);
+    sums[0] += total(dot);
+    sums[1] += total(before);
+    sums[2] += total(after);
 }

@@ -1,0 +1,1 @@
+"""What the two benchmarks share: shapes, variants, clocks, ranks and the machine's description."""
