@@ -91,8 +91,8 @@ else:
         assert_same_work(KERNELS, ReferenceKernels(), mixed_work(numels, seed=seed, amsgrad=seed > 1))
 
     def test_more_than_one_chunk() -> None:
-        """Chunks that are just full, or hold one element."""
-        work = mixed_work((CHUNK, CHUNK + 1), seed=7, weights=(torch.float32, torch.bfloat16))
+        """Chunks that are just full, or hold one element; three partial sums beside another slice's."""
+        work = mixed_work((2 * CHUNK + 1, CHUNK), seed=7, weights=(torch.float32, torch.bfloat16))
         assert_same_work(KERNELS, ReferenceKernels(), work)
 
     def test_no_slices() -> None:
@@ -130,6 +130,15 @@ else:
         table.pull_(torch.tensor([-1.0, 0.0], dtype=torch.float64))
         want = torch.tensor([-1.0, float("inf"), float("nan"), 60000.0, -1.0], dtype=torch.float16)
         assert torch.equal(weight.nan_to_num(), want.nan_to_num())
+
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    def test_a_gradient_that_is_not_finite(amsgrad: bool) -> None:
+        """Makes of weights and moments what plain torch makes of them."""
+        work = mixed_work((5, 6), seed=11, amsgrad=amsgrad, weights=[torch.float32])
+        for s, bad in zip(work.slices, (float("nan"), float("inf")), strict=True):
+            s.grad = torch.ones_like(s.weight)
+            s.grad[s.offset + 2] = bad
+        assert_same_work(KERNELS, ReferenceKernels(), work)
 
     def test_nothing_is_uploaded_twice() -> None:
         """In steps that find their tensors where they were; new gradients cost the addresses alone."""
