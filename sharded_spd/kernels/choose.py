@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from functools import cache
 
 import torch
@@ -11,6 +13,11 @@ from sharded_spd.kernels.base import Backend, Slice
 from sharded_spd.kernels.chunked import ChunkedKernels
 from sharded_spd.kernels.cpu import cpu_kernels
 from sharded_spd.kernels.reference import ReferenceKernels
+from sharded_spd.kernels.switch import SWITCH, choice
+
+_LOG = logging.getLogger(__name__)
+_OLDEST_GPU = (8, 0)
+"""Compute capability (NVIDIA) from which bfloat16 is known to the hardware."""
 
 REFERENCE: Backend = ReferenceKernels()
 """Plain torch; always there."""
@@ -18,9 +25,45 @@ REFERENCE: Backend = ReferenceKernels()
 
 @cache
 def kernels_for(device_type: str) -> Backend:
-    """The fastest backend that is there for a kind of device."""
-    found: Backend | None = cpu_kernels() if device_type == "cpu" else None
+    """The fastest backend that is there for a kind of device.
+
+    Raises:
+        RuntimeError: where one is asked for (see `SWITCH`) that cannot be had.
+    """
+    chosen, found = choice(), None
+    interpreted = chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if chosen != "reference" and (device_type == "cuda" or (device_type == "cpu" and interpreted)):
+        found = _triton(device_type, insist=chosen == "triton")
+    elif device_type == "cpu":
+        found = cpu_kernels()
     return REFERENCE if found is None else found
+
+
+def _triton(device_type: str, *, insist: bool) -> Backend | None:
+    """Triton's kernels, once they have worked on one number; None where they do not."""
+    try:
+        if device_type == "cuda" and not torch.version.hip:
+            capability = torch.cuda.get_device_capability()
+            if capability < _OLDEST_GPU:
+                raise RuntimeError(f"compute capability {capability}; wanted {_OLDEST_GPU} or newer")
+        from sharded_spd.kernels.triton_kernels import INTERPRETED
+        from sharded_spd.kernels.triton_tables import TritonKernels
+
+        if INTERPRETED and device_type == "cuda":
+            raise RuntimeError("TRITON_INTERPRET is set, and Triton's interpreter reads host memory alone")
+        kernels = TritonKernels(device_type)
+        # It needs a C compiler and a driver that fits: what is wrong with them shows at the first launch.
+        kernels.table([Slice(torch.ones(1, device=device_type), 0, 1, None)]).sums(grads=False)
+    except Exception as error:  # whatever Triton, a compiler or the driver may raise
+        text = f"{type(error).__name__}: {error}"
+        if insist:
+            raise RuntimeError(
+                f"{SWITCH}=triton: Triton cannot be used on {device_type} tensors ({text}). Install the "
+                f"triton that this torch asks for, and a C compiler; or set {SWITCH}=auto"
+            ) from error
+        _LOG.info("plain torch is used on %s, Triton cannot be had: %s", device_type, text)
+        return None
+    return kernels
 
 
 @cache

@@ -35,11 +35,13 @@ class _ChunkedTable:
         self._slices = slices
 
     def _tables(self, s: Slice) -> Iterator[Table]:
+        table: Table | None = None
         for begin in range(0, s.numel, CHUNK):
             numel = min(CHUNK, s.numel - begin)
             anchor = None if s.anchor is None else s.anchor[begin : begin + numel]
             part = Slice(s.weight, s.offset + begin, numel, anchor, s.grad, s.grad_factor)
-            yield self._backend.table([part])
+            table = self._backend.table([part], table)
+            yield table
 
     def sums(self, *, grads: bool) -> Tensor:
         """See `Table`."""

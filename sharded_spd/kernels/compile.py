@@ -14,13 +14,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from sharded_spd.kernels.switch import SWITCH, choice
+
 _LOG = logging.getLogger(__name__)
 _NAMES = ("cpu.c", "cpu_io.h", "cpu_fast.h", "cpu_adam.h", "cpu_pull.h")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
 _SECONDS = 120
-SWITCH = "SHARDED_SPD_KERNELS"
-"""Environment variable: "auto" (compiled where that works), "reference" (plain torch), or "cpu" (or fail)."""
 
 
 @cache
@@ -30,16 +30,14 @@ def load_library() -> ctypes.CDLL | None:
     Raises:
         RuntimeError: where they are asked for and cannot be had.
     """
-    choice = os.environ.get(SWITCH, "auto")
-    if choice not in ("auto", "reference", "cpu"):
-        raise RuntimeError(f"{SWITCH}: got {choice!r}; wanted auto, reference or cpu")
-    if choice == "reference":
+    chosen = choice()
+    if chosen == "reference":
         return None
     try:
         return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         text = getattr(error, "stderr", None) or str(error)
-        if choice == "cpu":
+        if chosen == "cpu":
             raise RuntimeError(f"{SWITCH}=cpu: the kernels cannot be compiled: {text}") from error
         _LOG.info("plain torch is used, the compiled kernels cannot be had: %s", text)
         return None

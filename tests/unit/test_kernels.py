@@ -200,7 +200,7 @@ def test_ranks_that_start_together_compile_once(tmp_path: Path) -> None:
         ({"CC": "false"}, 0, "plain torch is used"),
         ({"SHARDED_SPD_KERNELS": "reference"}, 0, ""),
         ({"CC": "/nonexistent/cc", "SHARDED_SPD_KERNELS": "cpu"}, 1, "cannot be compiled"),
-        ({"SHARDED_SPD_KERNELS": "fast"}, 1, "wanted auto, reference or cpu"),
+        ({"SHARDED_SPD_KERNELS": "fast"}, 1, "wanted auto, reference, cpu or triton"),
     ],
 )
 def test_without_compiler(environment: dict[str, str], code: int, words: str, tmp_path: Path) -> None:
