@@ -57,7 +57,8 @@ def _score(
     users = [metric for metric in metrics if isinstance(metric, UserMetric)]
     for indices in mine.split(batch_size):
         batch = take(data, indices.clamp(max=count - 1), world)
-        outcome = task.outcome(engine.model, batch)
+        with engine.autocast():
+            outcome = task.outcome(engine.model, batch)
         counts = (indices < count).to(outcome.logits.device)
         for metric in metrics:
             if not isinstance(metric, UserMetric):

@@ -74,12 +74,13 @@ def run_job(config: JobConfig, resume: str | None = None) -> int:
     `resume`: the directory of a run to go on in, or "auto": see `find_run`.
     """
     check_job(config)
-    _quiet_libraries()
+    quiet_libraries()
     with StopRequest().listening() as stop, name_lost_ranks(), join_world(config.device) as world:
         return _Job(config, world, stop, resume).run()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """Without the progress bars and notices of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -15,7 +15,7 @@ from sharded_spd.integrations.finetune.encode import Columns, Encoder, Tokens
 from sharded_spd.integrations.finetune.examples import Batch, ExampleSet, Splits, TrainSet
 from sharded_spd.integrations.finetune.rows import By, find_files, read_rows, value_of
 from sharded_spd.integrations.finetune.strict import wrong
-from sharded_spd.integrations.finetune.tokens import TokenSet, TokenStream, documents, packed
+from sharded_spd.integrations.finetune.tokens import Piece, TokenSet, TokenStream, documents, packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,8 @@ def language_splits(options: LanguageFiles, tokenizer: Any, *, limit: int | None
     columns = Columns(options.text, options.prompt, options.completion, options.messages)
     encoder = Encoder(tokenizer, columns, completion_only=options.completion_only)
     cut = partial(packed if options.packing else documents, length=options.max_length)
+    # A score should not depend on where examples are cut.
+    cut_test = partial(cut, whole=True) if options.packing else cut
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def found(path: str, key: str, *, streaming: bool = False, rows: int | None = None) -> Iterator[Tokens]:
@@ -117,7 +119,7 @@ def language_splits(options: LanguageFiles, tokenizer: Any, *, limit: int | None
         if not learned:
             raise ConfigError(f"{key}: {path} holds nothing to learn: no row has a token that is predicted")
 
-    def read(path: str, key: str, rows: int | None = None) -> TokenSet:
+    def read(path: str, key: str, cut: Callable[..., Iterator[Piece]], rows: int | None = None) -> TokenSet:
         pieces = TokenSet(cut(found(path, key, rows=rows)), pad=pad, by_position=options.packing)
         if not len(pieces):
             raise ConfigError(f"{key}: no row of {path} has a completion within {options.max_length} tokens")
@@ -129,8 +131,9 @@ def language_splits(options: LanguageFiles, tokenizer: Any, *, limit: int | None
         next(every())  # what is wrong with the first row is found now
         train = TokenStream(every, cut, options.shuffle_buffer, pad, options.packing)
     else:
-        train = read(options.train, "data.train", options.limit)
-    return options.splits(train, {key: read(path, f"data.{key}") for key, path in options.tests.items()})
+        train = read(options.train, "data.train", cut, options.limit)
+    tests = {key: read(path, f"data.{key}", cut_test) for key, path in options.tests.items()}
+    return options.splits(train, tests)
 
 
 class LabelledTexts:

@@ -31,12 +31,18 @@ def documents(found: Iterable[Tokens], *, length: int) -> Iterator[Piece]:
             yield Piece(piece)
 
 
-def packed(found: Iterable[Tokens], *, length: int) -> Iterator[Piece]:
-    """Examples of `length` tokens, the last one shorter: documents end to end, cut where one is full."""
+def packed(found: Iterable[Tokens], *, length: int, whole: bool = False) -> Iterator[Piece]:
+    """Examples of `length` tokens, the last one shorter: documents end to end, cut where one is full.
+
+    `whole`: what does not fit begins a new example, so that only documents longer than that are cut.
+    """
     parts: list[Tokens] = []
     size = 0
     for tokens in found:
         at = 0
+        if whole and size + len(tokens) > length:
+            yield from _joined(parts)
+            parts, size = [], 0
         while at < len(tokens):
             part = tokens.cut(at, at + length - size)
             parts.append(part)

@@ -13,6 +13,8 @@ from sharded_spd.integrations.finetune.loading import Weights, places
 from sharded_spd.integrations.finetune.world import World
 from sharded_spd.layout import FlatRange
 
+_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def partition(model: nn.Module, weights: Weights, config: Mapping[str, Any], world: World) -> None:
     """Partition a model of the meta device as `zero.Init` does (modified in place). Collective.
@@ -23,9 +25,9 @@ def partition(model: nn.Module, weights: Weights, config: Mapping[str, Any], wor
         AnchorError: a file is damaged; on all ranks.
     """
     deepspeed = import_deepspeed()
-    where = places(model)
-    for parameter, spots in where.items():
-        room = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+    low = next((dtype for key, dtype in _LOW.items() if config.get(key, {}).get("enabled")), None)
+    for parameter, spots in places(model).items():
+        room = torch.empty(parameter.shape, dtype=low or parameter.dtype, device=world.device)
         made = nn.Parameter(room, requires_grad=parameter.requires_grad)
         for module, name, _ in spots:
             module._parameters[name] = made
