@@ -1,6 +1,6 @@
 """A rank that runs several jobs one after the other, and says how each of them ended.
 
-Usage: torchrun --nproc-per-node 2 every_engine.py JOB.yaml OUT NAME:SETTING[,SETTING...] ...
+Usage: torchrun --nproc-per-node 2 every_engine.py OUT '{"case": ["job.yaml", "train.lr=1e-4", ...], ...}'
 """
 
 import json
@@ -14,11 +14,11 @@ from sharded_spd.integrations.finetune.world import StopRequest, join_world
 
 
 def main() -> None:
-    job, out, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     quiet_libraries()
     with StopRequest().listening() as stop, join_world("cpu") as world:
         ended = {}
-        for name, settings in cases.items():
+        for name, (job, *settings) in cases.items():
             config = load_job(job, [*settings, f"output_dir={out / name}", f"ranks={world.size}"])
             try:
                 check_job(config)

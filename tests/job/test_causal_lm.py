@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from sharded_spd.cli import app as command
 from tests.job.commands import ROOT, environment, metrics, results
+from tests.job.conftest import save_tiny_model
 from tests.job.models import save_llama, write_texts
 
 QUICK = ("fsdp2", "zero2", "zero3")
@@ -97,7 +100,9 @@ def in_this_process(job: Path, *settings: str) -> None:
 def on_two_ranks(home: Path, cases: dict[str, list[str]], name: str) -> Path:
     """Every case in one launch."""
     out = home / name
-    arguments = [str(home / "job.yaml"), str(out), json.dumps(cases)]
+    job = str(home / "job.yaml")
+    whole = {case: given if given[0].endswith(".yaml") else [job, *given] for case, given in cases.items()}
+    arguments = [str(out), json.dumps(whole)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, str(ROOT / "tests" / "job" / "every_engine.py"), *arguments],
@@ -109,6 +114,38 @@ def on_two_ranks(home: Path, cases: dict[str, list[str]], name: str) -> Path:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
+
+
+def recipe_cases(home: Path) -> dict[str, list[str]]:
+    """The recipes of the repository, cut down to two steps of tiny models."""
+    cases = {}
+    for recipe in sorted((ROOT / "configs" / "recipes").glob("llama-*.yaml")):
+        data = [f"data.{part}={home / part}.jsonl" for part in ("train", "test")]
+        short = ["data.max_length=40", "train.batch_size=8", "train.max_steps=2", "eval_batch_size=8"]
+        cases[recipe.stem] = [str(recipe), f"checkpoint={home / 'llama'}", *data, *short, "device=cpu"]
+    photos = save_photos(home / "photos")
+    sets = [f"data.{part}={photos}" for part in ("train", "test", "validation", "ood.drawings")]
+    short = ["train.batch_size=8", "train.max_steps=2", "classes=[bright, dark]", "device=cpu"]
+    checkpoint = f"checkpoint={save_tiny_model(home / 'vit')}"
+    cases["vision-fsdp2"] = [
+        str(ROOT / "configs" / "recipes" / "vision-fsdp2.yaml"),
+        checkpoint,
+        *sets,
+        *short,
+    ]
+    return cases
+
+
+def save_photos(folder: Path) -> Path:
+    for index in range(12):
+        name = ("dark", "bright")[index % 2]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        picture = np.full((9, 9), 40 + 150 * (index % 2) + index, np.uint8)
+        Image.fromarray(picture).save(folder / name / f"{index}.png")
+    return folder
+
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*-*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +160,7 @@ def alone(lm_home: Path) -> Path:
 def quick(lm_home: Path) -> Path:
     cases = {name: [engine_setting(name)] for name in QUICK}
     cases["lora-zero3"] = [engine_setting("zero3"), LORA, SHORT]
+    cases |= recipe_cases(lm_home)
     cases["bad"] = [engine_setting("fsdp2"), f"data.train={lm_home / 'bad.jsonl'}"]
     return on_two_ranks(lm_home, cases, "quick")
 
@@ -141,7 +179,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """The directory of a run on two ranks, by the name of its case."""
 
     def find(name: str) -> Path:
-        group = "quick" if name in (*QUICK, "lora-zero3") else "slow"
+        group = "quick" if name in (*QUICK, *RECIPES, "lora-zero3") else "slow"
         return Path(request.getfixturevalue(group)) / name
 
     return find
@@ -205,3 +243,26 @@ def test_a_bad_line_is_one_sentence_on_all_ranks(quick: Path, lm_home: Path) -> 
         ended = json.loads((quick / f"ended-{rank}.json").read_text())
         assert f"data.train: {lm_home / 'bad.jsonl'}, line 3: is not JSON" in ended.pop("bad")
         assert set(ended.values()) == {"0"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_run(recipe: str, run: Callable[[str], Path]) -> None:
+    found = metrics(run(recipe), "step")
+    assert [line["step"] for line in found] == [1, 2]
+    assert all(line["loss"] > 0 for line in found)
+    assert found[0]["activation_rate"] is not None
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_describe_themselves(recipe: str, lm_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run reads the data and the shape of the model, and leaves nothing behind."""
+    out = lm_home / "dry"
+    job, *settings = recipe_cases(lm_home)[recipe]
+    in_this_process(Path(job), *settings, "ranks=2", f"output_dir={out}", "--dry-run")
+    text = capsys.readouterr().out
+    engine = "deepspeed" if recipe.endswith("zero3") else "fsdp2"
+    for part in (f"{engine}, 2 rank(s)", "weights 1/2", "each rank reads its shards only", "2 of 8 examples"):
+        assert part in text
+    assert ("added weights at zero" in text) == ("lora" in recipe)
+    assert "could not be told" not in text
+    assert not out.exists()

@@ -89,7 +89,9 @@ class ImageClassification(ModelTask):
 
     def outcome(self, model: nn.Module, batch: Batch) -> Outcome:
         """What the model makes of each image."""
-        pixels = (batch["pixels"] - self._mean.view(-1, 1, 1)) / self._std.view(-1, 1, 1)
+        pixels = batch["pixels"]
+        mean, std = (values.to(pixels.device).view(-1, 1, 1) for values in (self._mean, self._std))
+        pixels = (pixels - mean) / std
         logits: torch.Tensor = model(pixel_values=pixels.to(self._device)).logits
         return Outcome(logits.float(), batch["labels"].to(self._device))
 

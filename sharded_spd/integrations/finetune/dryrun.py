@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
@@ -68,10 +66,8 @@ def dry_run(config: JobConfig, *, ranks: int) -> None:
         **_memory(config, shape, split),
         **_time(config, shape, steps, ranks),
     }
-    table = Table(title="dry run", title_justify="left", show_header=False)
     for key, value in rows.items():
-        table.add_row(key, value)
-    Console(highlight=False, soft_wrap=True).print(table)
+        print(f"{key + ':':<16} {value}")
 
 
 def _measure(config: JobConfig, task: Task, loaded: Loaded, train: Any, ranks: int) -> Shape:

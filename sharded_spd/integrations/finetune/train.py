@@ -104,7 +104,7 @@ def fit(
     augmenting = torch.Generator().manual_seed(seed * 1000 + world.rank + 1)
     change = None if augment is None else (lambda images: augment(images, augmenting))
     begin = 0 if keeper is None else keeper.restore(schedule)
-    epochs_per_step = config.epochs / steps
+    epochs_per_step = 0.0 if is_stream(data) else 1 / math.ceil(len(data) / config.batch_size)
     # A stop may have come before it.
     if begin in evaluate_at and on_evaluation is not None and on_evaluation(begin, begin * epochs_per_step):
         return
