@@ -72,6 +72,11 @@ class Engine(ABC):
                 block.compile()
 
     @classmethod
+    def check(cls, options: Any, train: TrainConfig) -> None:
+        """Find what does not go together before anything is started."""
+        return
+
+    @classmethod
     def loads_shards(cls, options: Any) -> bool:
         """Whether `wrap` takes a model without values and reads each rank's shards from `weights`."""
         return False

@@ -48,6 +48,7 @@ def check_job(config: JobConfig) -> None:
             f"engine: single runs one rank, got ranks: {config.ranks}; take ddp or fsdp2, or set ranks: 1"
         )
     engine = ENGINES[config.engine.name]
+    engine.check(options, config.train)
     if config.checkpointing.every and not engine.resumable:
         raise ConfigError(
             f"checkpointing.every: engine {config.engine.name} cannot save a training in progress; set 0, or "
@@ -65,7 +66,8 @@ def check_job(config: JobConfig) -> None:
     if config.checkpoint is not None:
         check_checkpoint(config.checkpoint, config.revision)
     if config.pretrain is not None:
-        check_engine(config.pretrain.engine, path="pretrain.engine")
+        inner = check_engine(config.pretrain.engine, path="pretrain.engine")
+        ENGINES[config.pretrain.engine.name].check(inner, config.pretrain.train)
 
 
 def run_job(config: JobConfig, resume: str | None = None) -> int:

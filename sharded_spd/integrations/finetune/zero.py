@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.deepspeed import disable_shm_op, import_deepspeed
+from sharded_spd.integrations.finetune.config import TrainConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.zero_loading import partition
 
@@ -85,6 +86,20 @@ class DeepSpeed(Engine):
         return model
 
     @classmethod
+    def check(cls, options: Any, train: TrainConfig) -> None:
+        """Whether the JSON clips as the job does.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        given = options.load().get("gradient_clipping", "auto")
+        if given not in ("auto", train.max_grad_norm or 0.0):
+            raise ConfigError(
+                f"engine.config: gradient_clipping is {given}, train.max_grad_norm {train.max_grad_norm}; "
+                'wanted the same in both, or "auto" in the JSON'
+            )
+
+    @classmethod
     def loads_shards(cls, options: Any) -> bool:
         """At stage 3, unless parameters go to NVMe."""
         zero = options.load().get("zero_optimization", {})
@@ -125,12 +140,6 @@ class DeepSpeed(Engine):
         """The user's JSON with what the job settles."""
         config = self.train
         clip = config.max_grad_norm or 0.0
-        given = self.json.get("gradient_clipping", "auto")
-        if given not in ("auto", clip):
-            raise ConfigError(
-                f"engine.config: gradient_clipping is {given}, train.max_grad_norm {config.max_grad_norm}; "
-                'wanted the same in both, or "auto" in the JSON'
-            )
         whole = {key: value for key, value in self.json.items() if not key.startswith("train_")}
         whole |= {"gradient_clipping": clip, "gradient_accumulation_steps": config.gradient_accumulation}
         share = -(-config.batch_size // self.world.size)
