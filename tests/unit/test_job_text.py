@@ -122,6 +122,15 @@ def test_a_stream_is_the_same_for_every_rank_and_after_a_resume(tokenizer: Any, 
     assert len({tuple(piece.tokens.ids) for piece in seen.examples}) == 30  # each document once per pass
 
 
+def test_a_stream_whose_completions_are_all_cut_off_ends(tokenizer: Any, tmp_path: Path) -> None:
+    long, good = {"prompt": "the cat " * 80, "completion": "sees"}, {"prompt": "a", "completion": " dog"}
+    file, test = write_lines(tmp_path / "l.jsonl", [long]), write_lines(tmp_path / "t.jsonl", [good])
+    settings = {"streaming": True, "packing": False, "max_length": 16, "test": str(test)}
+    stream = language(file, tokenizer, **settings).train
+    with pytest.raises(ConfigError, match="no document has anything to learn within 16 tokens"):
+        next(stream.examples(0))
+
+
 def test_a_step_is_the_mean_over_its_tokens(tokenizer: Any, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "u.jsonl", [{"text": text} for text in sentences(9, seed=2)])
     data = language(file, tokenizer, packing=False).train

@@ -129,7 +129,7 @@ def language_splits(options: LanguageFiles, tokenizer: Any, *, limit: int | None
     if options.streaming:
         every = partial(found, options.train, "data.train", streaming=True, rows=options.limit)
         next(every())  # what is wrong with the first row is found now
-        train = TokenStream(every, cut, options.shuffle_buffer, pad, options.packing)
+        train = TokenStream(every, cut, options.max_length, options.shuffle_buffer, pad, options.packing)
     else:
         train = read(options.train, "data.train", cut, options.limit)
     tests = {key: read(path, f"data.{key}", cut_test) for key, path in options.tests.items()}

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.encode import Tokens
 from sharded_spd.integrations.finetune.examples import Batch
 from sharded_spd.integrations.finetune.metrics import IGNORED
@@ -133,18 +134,33 @@ class TokenStream:
 
     documents: Callable[[], Iterator[Tokens]]
     cut: Callable[[Iterable[Tokens]], Iterator[Piece]]
+    length: int
     buffer: int
     pad: int
     by_position: bool
 
     def examples(self, seed: int) -> Iterator[Piece]:
-        """The same on every rank."""
-        return self.cut(self._shuffled(random.Random(seed)))
+        """The same on every rank.
 
-    def _shuffled(self, order: random.Random) -> Iterator[Tokens]:
+        Raises:
+            ConfigError: no document has anything to learn within an example's length.
+        """
+        made: list[None] = []
+        for piece in self.cut(self._shuffled(random.Random(seed), made)):
+            made[:] = [None]
+            yield piece
+
+    def _shuffled(self, order: random.Random, made: Sequence[None]) -> Iterator[Tokens]:
+        spent = 0
         kept: list[Tokens] = []
         while True:
+            if not made and spent > 2 * self.length:
+                raise ConfigError(
+                    f"data.train: no document has anything to learn within {self.length} tokens: longer "
+                    "prompts than data.max_length?"
+                )
             for tokens in self.documents():
+                spent += len(tokens)
                 if len(kept) < self.buffer:
                     kept.append(tokens)
                     continue
