@@ -4,6 +4,7 @@ Usage: torchrun --nproc-per-node 2 every_engine.py OUT '{"case": ["job.yaml", "t
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,3 +31,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # as the command does: gloo's threads may hang in the interpreter's own ending
