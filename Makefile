@@ -73,7 +73,7 @@ $(JOB_STAMP): pyproject.toml $(TORCH_STAMP)
 
 $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "sharded_spd, the fine-tuning command, the test and the checking tools"
-	$(PIP) install -qq -e ".[job,deepspeed,fairscale,test,dev]" "torch==$(TORCH)" "deepspeed==$(DEEPSPEED)"
+	$(PIP) install -qq -e ".[job,lora,deepspeed,fairscale,test,dev]" "torch==$(TORCH)" "deepspeed==$(DEEPSPEED)"
 	@touch $@ $(JOB_STAMP)
 
 $(OLD_STAMP): $(DEV_STAMP)

@@ -2,7 +2,7 @@
 
 import sys
 
-EXTRA = {"typer", "rich", "transformers", "sklearn", "numpy", "matplotlib", "PIL"}
+EXTRA = {"typer", "rich", "transformers", "datasets", "sklearn", "numpy", "matplotlib", "PIL"}
 """What the command needs beyond the core: the extra `job`."""
 
 

@@ -44,6 +44,9 @@ def finetune(
         str | None,
         typer.Option(help="Go on in a run's directory, or in the newest unfinished run of this job: auto."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the job would do and take, and stop.")
+    ] = False,
 ) -> None:
     """Fine-tune a Hugging Face checkpoint and test it in and out of distribution, method beside method."""
     overrides = list(settings or ())
@@ -52,6 +55,9 @@ def finetune(
         config = None
     path = Path(config) if config is not None else quickstart_recipe()
     job = load_job(path, overrides)
+    if dry_run:
+        _describe(job)
+        return
     try:
         go_on = [] if resume is None else ["--resume", resume]
         code = _start(job, ["finetune", str(path), *overrides, *go_on], resume)
@@ -72,6 +78,17 @@ def quickstart_recipe() -> Path:
         if place.is_file():
             return place
     raise ConfigError(f"the built-in recipe is neither at {places[0]} nor at {places[1]}: name a YAML file")
+
+
+def _describe(job: JobConfig) -> None:
+    """Print what the job would do; where a launcher has started several ranks, the first one does."""
+    from sharded_spd.integrations.finetune.dryrun import dry_run
+    from sharded_spd.integrations.finetune.job import check_job, quiet_libraries
+
+    quiet_libraries()
+    check_job(job)
+    if os.environ.get("RANK", "0") == "0":
+        dry_run(job, ranks=int(os.environ.get("WORLD_SIZE", job.ranks)))
 
 
 def _start(job: JobConfig, arguments: Sequence[str], resume: str | None) -> int:
@@ -109,5 +126,10 @@ def main() -> None:
         code = 2
     except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"error: out of memory: {error}; see docs/finetune.md, Memory", file=sys.stderr)
         code = 1
     _leave(code)

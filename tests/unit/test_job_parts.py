@@ -20,13 +20,14 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor, names_in_checkpoint
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, NamedBlock, TrainConfig
 from sharded_spd.integrations.finetune.corruptions import broad_augmentation, seven_corruptions
+from sharded_spd.integrations.finetune.examples import share_of_batch
 from sharded_spd.integrations.finetune.methods import _with_anchor
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint
 from sharded_spd.integrations.finetune.records import Figure, new_directory
 from sharded_spd.integrations.finetune.resume import Progress
 from sharded_spd.integrations.finetune.select import choose_strength
 from sharded_spd.integrations.finetune.sources import ImageSpec, load_splits
-from sharded_spd.integrations.finetune.train import evaluation_steps, share_of_batch, total_steps
+from sharded_spd.integrations.finetune.train import evaluation_steps, total_steps
 from sharded_spd.integrations.finetune.world import World
 from sharded_spd.layout import FlatRange, ShardSlice
 
@@ -76,19 +77,18 @@ def test_augmentation_follows_its_generator() -> None:
     assert ((first - images).flatten(1).norm(dim=1) > 1e-3).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize(("batch", "ranks"), [(25, 2), (1, 2), (8, 4), (3, 4), (7, 1)])
-def test_ranks_share_a_batch_and_weigh_it_as_one(batch: int, ranks: int) -> None:
-    indices = torch.arange(100, 100 + batch)
-    shares = [
-        share_of_batch(indices, World(rank=rank, size=ranks, device=torch.device("cpu")))
-        for rank in range(ranks)
-    ]
-    assert len({len(mine) for mine, _ in shares}) == 1
-    counted = torch.cat([mine[weights > 0] for mine, weights in shares])
-    assert counted.tolist() == indices.tolist()
+def test_ranks_share_a_batch_and_weigh_it_as_one(batch: int, ranks: int, parts: int) -> None:
+    worlds = [World(rank=rank, size=ranks, device=torch.device("cpu")) for rank in range(ranks)]
+    shares = [share_of_batch(batch, world, parts=parts) for world in worlds]
+    assert {len(share) for share in shares} == {parts}
+    assert len({len(mine) for share in shares for mine, _ in share}) == 1
+    counted = torch.cat([mine[weights > 0] for share in shares for mine, weights in share])
+    assert counted.tolist() == list(range(batch))
     # Engines average over ranks: the mean of the ranks' weighted sums is the mean over the batch.
-    losses = torch.cat([(mine * weights).sum().view(1) for mine, weights in shares])
-    assert float(losses.mean()) == pytest.approx(float(indices.float().mean()), rel=1e-6)
+    losses = torch.stack([sum((mine * weights).sum() for mine, weights in share) for share in shares])
+    assert float(losses.mean()) == pytest.approx((batch - 1) / 2, rel=1e-6)
 
 
 def test_steps_and_evaluations() -> None:
@@ -96,6 +96,8 @@ def test_steps_and_evaluations() -> None:
     assert total_steps(200, config) == 21
     assert evaluation_steps(21, 3) == {7, 14, 21}
     assert evaluation_steps(2, 5) == {1, 2}
+    assert total_steps(200, TrainConfig(epochs=3, batch_size=32, max_steps=5)) == 5
+    assert evaluation_steps(21, 3, every=10) == {10, 20, 21}
 
 
 def test_largest_strength_within_one_standard_error_of_the_best() -> None:

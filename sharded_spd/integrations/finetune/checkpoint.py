@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,23 +20,47 @@ from sharded_spd.checkpoint.export import Whole, at_hand, write_wholes
 from sharded_spd.errors import AnchorError, ConfigError
 from sharded_spd.layout import ShardSlice
 
-_CARRIED = ("preprocessor_config.json", "processor_config.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def check_checkpoint(path: str) -> Path:
-    """The directory `path`, if it looks like a Hugging Face checkpoint in safetensors.
+def check_checkpoint(source: str, revision: str | None = None) -> Path:
+    """The directory of the checkpoint `source`, which is one in safetensors, or a name of the hub (org/name).
+
+    A name is looked up in the hub's local cache, and fetched where it is not there and there is a network.
 
     Raises:
         ConfigError: there is none, or it lacks its configuration or its weights.
     """
-    directory = Path(path)
+    directory = Path(source)
+    if not directory.is_dir() and _HUB_NAME.fullmatch(source) and not directory.exists():
+        directory = _from_hub(source, revision)
     if not directory.is_dir():
-        raise ConfigError(f"checkpoint: there is no directory {path} (relative paths start at {Path.cwd()})")
+        raise ConfigError(
+            f"checkpoint: there is no directory {source} (relative paths start at {Path.cwd()})"
+        )
     if not (directory / "config.json").is_file():
-        raise ConfigError(f"checkpoint: {path} has no config.json, so it is no Hugging Face checkpoint")
+        raise ConfigError(f"checkpoint: {source} has no config.json, so it is no Hugging Face checkpoint")
     if not weight_files(directory):
-        raise ConfigError(f"checkpoint: {path} has no *.safetensors file; only safetensors weights are read")
+        raise ConfigError(
+            f"checkpoint: {source} has no *.safetensors file; only safetensors weights are read"
+        )
     return directory
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    fetch = partial(importlib.import_module("huggingface_hub").snapshot_download, name, revision=revision)
+    try:
+        return Path(fetch(local_files_only=True))
+    except (OSError, ValueError):
+        pass
+    try:
+        return Path(fetch(allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]))
+    except Exception as error:  # many kinds: no network, no such name, no access
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"checkpoint: {name} is no directory (relative paths start at {Path.cwd()}), is not in the hub's "
+            f"local cache, and could not be fetched: {text:.200}"
+        ) from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -131,14 +155,12 @@ def save_checkpoint(
     tensors: Sequence[Whole],
     directory: Path,
     *,
-    like: Path | None,
-    settings: Mapping[str, Any] | None = None,
+    add_files: Callable[[Path], object],
 ) -> None:
     """Write a Hugging Face checkpoint that `from_pretrained` loads, beside `directory`, then rename it.
 
     One tensor is gathered at a time, unless the architecture is stored with tensors that its model has merged
-    or cut: then the first rank gathers all. `like`: the checkpoint whose preprocessing goes with it;
-    `settings` are what is written as preprocessing where it has none. Collective.
+    or cut: then the first rank gathers all. `add_files` puts the preprocessing beside them. Collective.
 
     Raises:
         CheckpointError: on every rank, where the first could not write.
@@ -146,9 +168,9 @@ def save_checkpoint(
     with torch.device("meta"):
         model = model_class(config)
     names = _stored_as(model, [t.entry.name for t in tensors])
-    add = partial(_add_files, model, like, settings)
     if names is None:
         tensors = _converted(model, tensors)
+    add = partial(_add_files, model, add_files)
     write_wholes(tensors, directory, names=names, add_files=add, replace=True)
 
 
@@ -182,13 +204,9 @@ def _converted(model: Any, tensors: Sequence[Whole]) -> list[Whole]:
     return [at_hand(name, tensor) for name, tensor in stored.items()]
 
 
-def _add_files(model: Any, like: Path | None, settings: Mapping[str, Any] | None, folder: Path) -> None:
+def _add_files(model: Any, add_files: Callable[[Path], object], folder: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(folder)
-    for name in _CARRIED:
-        if like is not None and (like / name).is_file():
-            shutil.copy2(like / name, folder / name)
-    if settings is not None and not (folder / _CARRIED[0]).is_file():
-        (folder / _CARRIED[0]).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    add_files(folder)

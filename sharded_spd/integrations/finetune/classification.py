@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,74 +11,55 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharded_spd.checkpoint.export import Whole
-from sharded_spd.errors import ConfigError
-from sharded_spd.integrations.finetune.checkpoint import save_checkpoint
-from sharded_spd.integrations.finetune.config import JobConfig, PretrainConfig
-from sharded_spd.integrations.finetune.data import ImageSet, Splits
+from sharded_spd.integrations.finetune.config import JobConfig
+from sharded_spd.integrations.finetune.examples import Batch, Splits
+from sharded_spd.integrations.finetune.loading import read_config
+from sharded_spd.integrations.finetune.metrics import Outcome
+from sharded_spd.integrations.finetune.models import ModelTask
 from sharded_spd.integrations.finetune.sources import ImageSpec, load_splits
 
+_CARRIED = ("preprocessor_config.json", "processor_config.json")
 
-class ImageClassification:
+
+class ImageClassification(ModelTask):
     """A Hugging Face image classifier and labelled images; scored by accuracy."""
 
-    metric = "accuracy"
+    auto = "AutoModelForImageClassification"
+    head = ("classifier", "head", "fc")
+    metrics: Sequence[str] = ("accuracy", "f1", "loss")
 
     def __init__(self, config: JobConfig, device: torch.device) -> None:
-        self._config = config
-        self._device = device
+        super().__init__(config, device)
+        self.new_head = bool(config.classes)
         # Until a checkpoint says otherwise: [0, 1] becomes [-1, 1].
         self._mean = self._std = torch.tensor([0.5])
         self._loaded_from: Path | None = None
+        self._size = (224, 224)
 
-    def new_model(self, config: PretrainConfig) -> nn.Module:
-        """A model of `config.model_type` with the settings `config.model`, randomly initialised."""
-        from transformers import AutoConfig, AutoModelForImageClassification
-
-        try:
-            made = AutoConfig.for_model(config.model_type, **config.model)
-            model: nn.Module = AutoModelForImageClassification.from_config(made)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"pretrain.model: transformers cannot build a {config.model_type}: {error}"
-            ) from None
-        return model
-
-    def load_model(self, directory: Path) -> nn.Module:
-        """The classifier at `directory` in float32, with a new head if the configuration names classes."""
-        from transformers import AutoModelForImageClassification
-
+    def model_config(self, directory: Path) -> Any:
+        """The checkpoint's own, with the job's classes if it names some; the preprocessing is read too."""
         settings: dict[str, Any] = {}
         if self._config.classes:
             names = dict(enumerate(self._config.classes))
             settings = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-        try:
-            model: nn.Module = AutoModelForImageClassification.from_pretrained(
-                directory,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                **settings,
-            )
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise ConfigError(
-                f"checkpoint: {directory} cannot be loaded as an image classifier: {error}"
-            ) from None
-        self._read_preprocessing(directory)
-        return model.float()
-
-    def _read_preprocessing(self, directory: Path) -> None:
+        config = read_config(directory, trust=self._config.trust_remote_code, **settings)
         file = directory / "preprocessor_config.json"
         if file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            if settings.get("do_normalize", True) and "image_mean" in settings:
-                self._mean = torch.tensor(settings["image_mean"], dtype=torch.float32)
-                self._std = torch.tensor(settings["image_std"], dtype=torch.float32)
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found.get("do_normalize", True) and "image_mean" in found:
+                self._mean = torch.tensor(found["image_mean"], dtype=torch.float32)
+                self._std = torch.tensor(found["image_std"], dtype=torch.float32)
         self._loaded_from = directory
+        return config
 
-    def save_model(self, model_class: type[Any], config: Any, tensors: Sequence[Whole], to: Path) -> None:
-        """Write the classifier and its preprocessing, collective."""
-        height, width = _image_size(config)
+    def add_files(self, folder: Path) -> None:
+        """The preprocessing: that which the checkpoint came with, else what was done here."""
+        for name in _CARRIED:
+            if self._loaded_from is not None and (self._loaded_from / name).is_file():
+                shutil.copy2(self._loaded_from / name, folder / name)
+        if (folder / _CARRIED[0]).is_file():
+            return
+        height, width = self._size
         settings = {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True,
@@ -88,37 +70,30 @@ class ImageClassification:
             "image_mean": self._mean.tolist(),
             "image_std": self._std.tolist(),
         }
-        save_checkpoint(model_class, config, tensors, to, like=self._loaded_from, settings=settings)
+        (folder / _CARRIED[0]).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     def splits(self, model_config: Any, *, seed: int) -> Splits:
         """The sets of the run with `seed`."""
+        self._size = _image_size(model_config)
         classes = {str(name): int(index) for name, index in model_config.label2id.items()}
-        spec = ImageSpec(_image_size(model_config), int(getattr(model_config, "num_channels", 3)), classes)
+        spec = ImageSpec(self._size, int(getattr(model_config, "num_channels", 3)), classes)
         return load_splits(self._config.data, spec=spec, seed=seed)
 
     def losses(
-        self, model: nn.Module, data: ImageSet, indices: torch.Tensor, *, augment: Callable[..., Any] | None
+        self, model: nn.Module, batch: Batch, *, augment: Callable[..., Any] | None = None
     ) -> torch.Tensor:
         """Cross-entropy of each image."""
-        labels = data.labels[indices].to(self._device)
-        return nn.functional.cross_entropy(
-            self._logits(model, data, indices, augment), labels, reduction="none"
-        )
-
-    def scores(self, model: nn.Module, data: ImageSet, indices: torch.Tensor) -> torch.Tensor:
-        """1 where the most likely class is the right one."""
-        labels = data.labels[indices].to(self._device)
-        return (self._logits(model, data, indices, None).argmax(-1) == labels).double()
-
-    def _logits(
-        self, model: nn.Module, data: ImageSet, indices: torch.Tensor, augment: Callable[..., Any] | None
-    ) -> torch.Tensor:
-        pixels = data.images(indices)
         if augment is not None:
-            pixels = augment(pixels)
-        pixels = (pixels - self._mean.view(-1, 1, 1)) / self._std.view(-1, 1, 1)
+            batch = {**batch, "pixels": augment(batch["pixels"])}
+        return self.outcome(model, batch).losses
+
+    def outcome(self, model: nn.Module, batch: Batch) -> Outcome:
+        """What the model makes of each image."""
+        pixels = batch["pixels"]
+        mean, std = (values.to(pixels.device).view(-1, 1, 1) for values in (self._mean, self._std))
+        pixels = (pixels - mean) / std
         logits: torch.Tensor = model(pixel_values=pixels.to(self._device)).logits
-        return logits.float()
+        return Outcome(logits.float(), batch["labels"].to(self._device))
 
 
 def _image_size(model_config: Any) -> tuple[int, int]:

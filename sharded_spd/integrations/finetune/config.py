@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sharded_spd.config import SPDConfig, load_config
 from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.lora import LoraOptions, anchored_at_zero
 from sharded_spd.integrations.finetune.strict import build, wrong
 from sharded_spd.integrations.finetune.world import Device
 from sharded_spd.rules import make_rule
@@ -27,6 +28,10 @@ _SHORT_FORMS = {"engine": "name", "data": "name", "anchor": "source"}
 """Blocks that may be given as one word, and the key that the word stands for."""
 
 
+_USUAL = {"data": "files"}
+"""Blocks that need no name, and the one that they then have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NamedBlock:
     """A choice by name, with options: `fsdp2`, or `{name: fsdp2, param_dtype: bfloat16}`."""
@@ -39,17 +44,46 @@ class NamedBlock:
         """Read a bare name or a mapping with `name` and the options."""
         if isinstance(value, str):
             return cls(name=value)
+        if isinstance(value, Mapping) and path in _USUAL:
+            value = {"name": _USUAL[path], **value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise wrong(path, "a name, or a mapping with `name` and its options", value)
         return cls(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoppingConfig:
+    """End a training when a metric has not become better by `min_delta` in `patience` evaluations.
+
+    `set`: of the validation set if there is one, else of the test set, or the name of an OOD set. The weights
+    that are saved are the last ones.
+    """
+
+    patience: int = 3
+    metric: str | None = None
+    set: str | None = None
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise wrong("patience", "1 evaluation or more", self.patience)
+        if not 0 <= self.min_delta < math.inf:
+            raise wrong("min_delta", "a finite number, 0 or more", self.min_delta)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and how fast. `batch_size` counts all ranks, `evaluations` the visits to the test sets."""
+    """How long and how fast. `batch_size` counts all ranks and all `gradient_accumulation` parts of a step.
+
+    `max_steps` ends the training earlier than `epochs`. `evaluate_every` steps, or else `evaluations` visits
+    to the test sets, evenly. `precision` is that of forward and backward; the weights stay float32 except
+    under DeepSpeed, which keeps float32 masters. `adamw_weight_decay` is that of plain AdamW.
+    """
 
     epochs: int = 10
+    max_steps: int | None = None
     batch_size: int = 32
+    gradient_accumulation: int = 1
     lr: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
@@ -57,13 +91,21 @@ class TrainConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
     max_grad_norm: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    compile: bool = False
     evaluations: int = 5
+    evaluate_every: int | None = None
+    early_stopping: StoppingConfig | None = None
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "evaluations", "log_every"):
+        for name in ("epochs", "batch_size", "gradient_accumulation", "evaluations", "log_every"):
             if getattr(self, name) < 1:
                 raise wrong(name, "1 or more", getattr(self, name))
+        for name in ("max_steps", "evaluate_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise wrong(name, "1 or more, or null", getattr(self, name))
         for name in ("lr", "eps", "adamw_weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise wrong(name, "a finite number, 0 or more", getattr(self, name))
@@ -125,6 +167,8 @@ class JobConfig:
     """Everything a fine-tuning job can be told.
 
     `compare`: `adamw`, which is torch's own, and rules by name; the rule of `spd` alone if empty.
+    `checkpoint`: a directory, or a name of the hub. `load`: whether each rank reads its shards only; "auto"
+    where the engine can. `metrics`: methods are compared by the first one; the task's usual one if empty.
     `classes`: names for a new head (the checkpoint's own head if empty). `spd`: an `SPDConfig` mapping whose
     anchor is the checkpoint unless it says otherwise.
     """
@@ -132,6 +176,11 @@ class JobConfig:
     data: NamedBlock
     task: str = "image-classification"
     checkpoint: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    load: Literal["auto", "sharded", "whole"] = "auto"
+    lora: LoraOptions | None = None
+    metrics: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     pretrain: PretrainConfig | None = None
     engine: NamedBlock = NamedBlock(name="single")
@@ -155,6 +204,8 @@ class JobConfig:
         for name in ("ranks", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise wrong(name, "1 or more", getattr(self, name))
+        if self.lora is not None and self.pretrain is not None:
+            raise ConfigError("lora: needs a checkpoint that is there; it cannot go with `pretrain`")
         if not self.compare:
             object.__setattr__(self, "compare", (str(self.spd.get("rule", "spd")),))
         for name in ("seeds", "compare"):
@@ -182,6 +233,7 @@ class JobConfig:
             block["weight_decay"] = strength
         try:
             spd = load_config(block)
+            spd = spd if self.lora is None else anchored_at_zero(spd)
             make_rule(spd.rule, spd.rule_options)  # its name and options are checked now, not on the ranks
         except ConfigError as error:
             raise ConfigError(f"spd, for {method}: {error}") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 
 from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.examples import Batch, ExampleSet
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-class ImageSet(Protocol):
+class ImageSet(ExampleSet, Protocol):
     """Labelled images, fetched by index."""
 
     @property
@@ -28,19 +30,30 @@ class ImageSet(Protocol):
         ...
 
 
+class Images(ABC):
+    """What all sets of images have in common: a batch is `pixels` and `labels`, and every image counts 1."""
+
+    lazy: bool = False
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def images(self, indices: torch.Tensor) -> torch.Tensor:
+        """The images at `indices`."""
+
+    def units(self, indices: torch.Tensor) -> float:
+        """One for each."""
+        return float(len(indices))
+
+    def take(self, indices: torch.Tensor) -> Batch:
+        """The images at `indices` and their labels."""
+        return {"pixels": self.images(indices), "labels": self.labels[indices]}
+
+
 @dataclass(frozen=True)
-class Splits:
-    """The sets of a job. No image stands in two of them."""
-
-    train: ImageSet
-    test: ImageSet
-    ood: Mapping[str, ImageSet] = field(default_factory=dict)
-    validation: ImageSet | None = None
-    pretrain: ImageSet | None = None
-
-
-@dataclass(frozen=True)
-class ArrayImages:
+class ArrayImages(Images):
     """Images and labels in memory."""
 
     pixels: torch.Tensor
@@ -56,13 +69,14 @@ class ArrayImages:
 
 
 @dataclass(frozen=True)
-class FolderImages:
+class FolderImages(Images):
     """Image files, decoded and resized when they are fetched."""
 
     paths: Sequence[Path]
     labels: torch.Tensor
     size: tuple[int, int]
     channels: int
+    lazy: bool = True
 
     def images(self, indices: torch.Tensor) -> torch.Tensor:
         """The images at `indices`, resized to `size` (height, width)."""

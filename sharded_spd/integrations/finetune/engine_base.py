@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,10 @@ import torch
 from torch import nn
 
 from sharded_spd.checkpoint.export import Whole, wholes
+from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.blocks import DTYPES, blocks_of
 from sharded_spd.integrations.finetune.config import TrainConfig
+from sharded_spd.integrations.finetune.loading import Weights
 from sharded_spd.integrations.finetune.world import World
 
 
@@ -25,6 +29,7 @@ class Engine(ABC):
 
     `shares_layers`: a rank projects some of the layers only, and its telemetry is of those. `resumable`: its
     model and optimizer have sharded checkpoints; `in_background`: which can be written while it trains.
+    `weights`: where the values of a model without any come from.
     """
 
     options: ClassVar[type[Any]] = NoOptions
@@ -32,10 +37,59 @@ class Engine(ABC):
     resumable: ClassVar[bool] = True
     in_background: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, options: Any, world: World) -> None:
-        self.options_given = options
-        self.world = world
-        self.model = self.wrap(model.to(world.device))
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Any,
+        world: World,
+        train: TrainConfig,
+        weights: Weights | None = None,
+    ) -> None:
+        self.options_given, self.world, self.train = options, world, train
+        self.weights = weights
+        self._tune(model)
+        if weights is None:
+            model = model.to(world.device)
+        else:
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(world.device)
+        self.model = self.wrap(model)
+
+    def _tune(self, model: nn.Module) -> None:
+        if self.train.activation_checkpointing:
+            enable = getattr(model, "gradient_checkpointing_enable", None)
+            try:
+                if enable is None:
+                    raise ValueError("it has no such method")
+                enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            except ValueError as error:
+                raise ConfigError(
+                    f"train.activation_checkpointing: {type(model).__name__} does not support it: {error}"
+                ) from None
+        if self.train.compile:
+            for block in blocks_of(model, ()) or [model]:
+                block.compile()
+
+    @classmethod
+    def check(cls, options: Any, train: TrainConfig) -> None:
+        """Find what does not go together before anything is started."""
+        return
+
+    @classmethod
+    def loads_shards(cls, options: Any) -> bool:
+        """Whether `wrap` takes a model without values and reads each rank's shards from `weights`."""
+        return False
+
+    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a part of a step; only the `last` one's gradients need be final."""
+        return nullcontext()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around a forward: lower precision, where the engine does not bring its own."""
+        if self.train.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, DTYPES[self.train.precision])
 
     @property
     def named_model(self) -> nn.Module:
@@ -46,15 +100,15 @@ class Engine(ABC):
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as this engine trains it, collective."""
 
-    def prepare(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+    def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """Take over the optimizer, collective; what comes back is what a rule attaches to.
 
         An optimizer that comes back is what is stepped from then on.
         """
         return optimizer
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Form the gradients of `loss`; they are averaged over the ranks when this returns."""
+    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+        """Form the gradients of `loss`; after the `last` part of a step they are averaged over the ranks."""
         loss.backward()
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:

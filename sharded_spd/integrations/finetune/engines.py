@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from sharded_spd.engines.dtensor import whole_slice
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.blocks import DTYPES, Precision, blocks_of, need_ranks
-from sharded_spd.integrations.finetune.config import NamedBlock
+from sharded_spd.integrations.finetune.config import NamedBlock, TrainConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.flat import FSDP1, FairscaleFSDP
+from sharded_spd.integrations.finetune.loading import Weights, places
 from sharded_spd.integrations.finetune.shares import FairscaleOSS, ZeroRedundancy
 from sharded_spd.integrations.finetune.strict import build, choice
 from sharded_spd.integrations.finetune.world import World
@@ -23,9 +27,12 @@ from sharded_spd.integrations.finetune.zero import DeepSpeed
 
 @dataclass(frozen=True, kw_only=True)
 class FSDP2Options:
-    """Settings of `fully_shard`; `blocks` names the classes of the modules that are sharded one by one."""
+    """Settings of `fully_shard`; `blocks` names the classes of the modules that are sharded one by one.
 
-    param_dtype: Precision = "float32"
+    `param_dtype`: of forward and backward, `train.precision` if null.
+    """
+
+    param_dtype: Precision | None = None
     reduce_dtype: Precision = "float32"
     reshard_after_forward: bool = True
     cpu_offload: bool = False
@@ -55,6 +62,11 @@ class DDP(Engine):
 
         return DistributedDataParallel(model)
 
+    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged after the last part only."""
+        no_sync = getattr(self.model, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
+
     @property
     def named_model(self) -> nn.Module:
         """The module inside the wrapper."""
@@ -77,16 +89,28 @@ class FSDP2(Engine):
         need_ranks("fsdp2")
         mesh = init_device_mesh(kind, (self.world.size,))
         settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": given.reshard_after_forward}
-        if (given.param_dtype, given.reduce_dtype) != ("float32", "float32"):
-            settings["mp_policy"] = MixedPrecisionPolicy(
-                DTYPES[given.param_dtype], DTYPES[given.reduce_dtype]
-            )
+        dtype = given.param_dtype or self.train.precision
+        if (dtype, given.reduce_dtype) != ("float32", "float32"):
+            settings["mp_policy"] = MixedPrecisionPolicy(DTYPES[dtype], DTYPES[given.reduce_dtype])
         if given.cpu_offload:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=kind == "cuda")
         for block in blocks_of(model, given.blocks):
             fully_shard(block, **settings)
         fully_shard(model, **settings)  # in place
+        if self.weights is not None:
+            device = torch.device("cpu") if given.cpu_offload else self.world.device
+            self.world.agree(partial(_fill, model, self.weights, device))
+            model._apply(lambda tensor: tensor)  # FSDP looks at its parameters again
         return model
+
+    @classmethod
+    def loads_shards(cls, options: Any) -> bool:
+        """Always."""
+        return True
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The mixed precision of FSDP itself."""
+        return nullcontext()
 
     def after_evaluation(self) -> None:
         """Reshard: a forward without a backward leaves the root whole."""
@@ -107,6 +131,28 @@ class FSDP2(Engine):
         return self.world.sum_(values)
 
 
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Weights, device: torch.device) -> None:
+    """Give every sharded parameter on the meta device this rank's values."""
+    for parameter, where in places(model).items():
+        sharded: Any = parameter
+        fqn = where[0][2]
+        piece = whole_slice(fqn, sharded)
+        values = weights.read(fqn, tuple(sharded.shape), piece.region, piece.numel)
+        local = values.view(sharded.to_local().shape).to(device)
+        whole = DTensor.from_local(
+            local,
+            sharded.device_mesh,
+            sharded.placements,
+            run_check=False,
+            shape=sharded.shape,
+            stride=sharded.stride(),
+        )
+        filled = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        for module, name, _ in where:
+            module._parameters[name] = filled
+
+
 def _local(parameter: Any) -> Any:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
@@ -123,14 +169,16 @@ ENGINES: Mapping[str, type[Engine]] = {
 }
 
 
-def engine_factory(block: NamedBlock, world: World) -> Callable[[nn.Module], Engine]:
+def engine_factory(
+    block: NamedBlock, world: World, train: TrainConfig
+) -> Callable[[nn.Module, Weights | None], Engine]:
     """What spreads a model as the block `engine` says, its name and options checked.
 
     Raises:
         ConfigError: an unknown engine (with the nearest name) or option.
     """
     options = check_engine(block)
-    return lambda model: ENGINES[block.name](model, options, world)
+    return lambda model, weights: ENGINES[block.name](model, options, world, train, weights)
 
 
 def check_engine(block: NamedBlock, *, path: str = "engine") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ class FSDP1Options:
 
     sharding_strategy: Literal["full_shard", "shard_grad_op", "no_shard"] = "full_shard"
     use_orig_params: bool = True
-    param_dtype: Precision = "float32"
+    param_dtype: Precision | None = None
     reduce_dtype: Precision = "float32"
     cpu_offload: bool = False
     blocks: tuple[str, ...] = ()
@@ -47,6 +48,10 @@ class _Flat(Engine):
         optimizer.step()
         optimizer.zero_grad()
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The mixed precision of the wrapper itself."""
+        return nullcontext()
+
 
 class FSDP1(_Flat):
     """Parameters, gradients, optimizer state and anchor split over the ranks by torch's first FSDP."""
@@ -65,8 +70,9 @@ class FSDP1(_Flat):
         need_ranks("fsdp1")
         given: FSDP1Options = self.options_given
         precision = None
-        if (given.param_dtype, given.reduce_dtype) != ("float32", "float32"):
-            precision = MixedPrecision(DTYPES[given.param_dtype], DTYPES[given.reduce_dtype])
+        dtype = given.param_dtype or self.train.precision
+        if (dtype, given.reduce_dtype) != ("float32", "float32"):
+            precision = MixedPrecision(DTYPES[dtype], DTYPES[given.reduce_dtype])
 
         def shard(module: nn.Module) -> nn.Module:
             return FullyShardedDataParallel(
@@ -102,7 +108,7 @@ class FairscaleFSDP(_Flat):
                 module,
                 reshard_after_forward=given.reshard_after_forward,
                 flatten_parameters=given.flatten_parameters,
-                mixed_precision=given.mixed_precision,
+                mixed_precision=given.mixed_precision or self.train.precision != "float32",
                 compute_device=self.world.device,
             )
             return wrapped

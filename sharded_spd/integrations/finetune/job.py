@@ -14,6 +14,7 @@ from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
 from sharded_spd.integrations.finetune.config import PLAIN, JobConfig
 from sharded_spd.integrations.finetune.engines import ENGINES, check_engine
 from sharded_spd.integrations.finetune.methods import Method
+from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.plot import draw
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint, make_checkpoint
 from sharded_spd.integrations.finetune.progress import Display
@@ -39,13 +40,15 @@ def check_job(config: JobConfig) -> None:
     Raises:
         ConfigError: an unknown task, engine or option, or a missing checkpoint.
     """
-    make_task(config, torch.device("cpu"))
-    check_engine(config.engine)
+    task = make_task(config, torch.device("cpu"))
+    make_metrics(config.metrics, known=task.metrics)
+    options = check_engine(config.engine)
     if config.engine.name == "single" and config.ranks > 1:
         raise ConfigError(
             f"engine: single runs one rank, got ranks: {config.ranks}; take ddp or fsdp2, or set ranks: 1"
         )
     engine = ENGINES[config.engine.name]
+    engine.check(options, config.train)
     if config.checkpointing.every and not engine.resumable:
         raise ConfigError(
             f"checkpointing.every: engine {config.engine.name} cannot save a training in progress; set 0, or "
@@ -55,10 +58,16 @@ def check_job(config: JobConfig) -> None:
         raise ConfigError(
             f"checkpointing.asynchronous: engine {config.engine.name} writes them itself; set false"
         )
+    if config.load == "sharded" and not engine.loads_shards(options):
+        raise ConfigError(
+            f"load: sharded: engine {config.engine.name} has the whole model on every rank at first; take "
+            "fsdp2, deepspeed at stage 3, or load: auto"
+        )
     if config.checkpoint is not None:
-        check_checkpoint(config.checkpoint)
+        check_checkpoint(config.checkpoint, config.revision)
     if config.pretrain is not None:
-        check_engine(config.pretrain.engine, path="pretrain.engine")
+        inner = check_engine(config.pretrain.engine, path="pretrain.engine")
+        ENGINES[config.pretrain.engine.name].check(inner, config.pretrain.train)
 
 
 def run_job(config: JobConfig, resume: str | None = None) -> int:
@@ -67,12 +76,13 @@ def run_job(config: JobConfig, resume: str | None = None) -> int:
     `resume`: the directory of a run to go on in, or "auto": see `find_run`.
     """
     check_job(config)
-    _quiet_libraries()
+    quiet_libraries()
     with StopRequest().listening() as stop, name_lost_ranks(), join_world(config.device) as world:
         return _Job(config, world, stop, resume).run()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """Without the progress bars and notices of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -85,6 +95,7 @@ class _Job:
     def __init__(self, config: JobConfig, world: World, stop: StopRequest, resume: str | None) -> None:
         self.config, self.world, self.stop = config, world, stop
         self.task = make_task(config, world.device)
+        self.metric = make_metrics(config.metrics or self.task.metrics[:1], known=self.task.metrics)[0]
         self.resumed = False
         self.directory = Path(self._agreed_directory(resume))
         self.progress = Progress(self.directory, world)
@@ -149,7 +160,8 @@ class _Job:
     def _checkpoint(self) -> Path:
         pretrain = self.config.pretrain
         if pretrain is None:
-            return check_checkpoint(self.config.checkpoint or "")
+            source, revision = self.config.checkpoint or "", self.config.revision
+            return self.world.agree(lambda: check_checkpoint(source, revision))
         path = cached_checkpoint(self.config, pretrain, ranks=self.world.size)
         if self.world.share((path / "config.json").is_file()):
             self.display.say(f"Pre-trained checkpoint: {path} (made by an earlier run)")
@@ -177,13 +189,9 @@ class _Job:
         config = self.config
         candidates = {name: config.select.weight_decay.get(name, ()) for name in config.compare}
         tried = sum(len(strengths) for strengths in candidates.values() if len(strengths) > 1)
-        steps = total_steps(len(trainer.splits(config.seeds[0]).train.labels), config.train)
+        steps = total_steps(trainer.splits(config.seeds[0]).train, config.train)
         choosing = tried * len(config.select.seeds or config.seeds)
         self.display.begin_stage(steps * (choosing + len(config.seeds) * len(config.compare)))
-        zero_shot = trainer.zero_shot(config.seeds[0])
-        self.display.say(
-            "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in zero_shot.scores.items())
-        )
         methods = [self._choose(name, candidates[name], trainer) for name in config.compare]
         for seed in config.seeds:
             for method in methods:
@@ -208,9 +216,14 @@ class _Job:
             strength: [trainer.validate(Method(name, strength), seed, validation) for seed in seeds]
             for strength in strengths
         }
-        chosen = choose_strength(found, examples=len(validation.labels), rule=self.config.select.rule)
+        metric, rule = trainer.metrics[0], self.config.select.rule
+        if rule != "best" and not metric.percent:
+            raise ConfigError(f"select.rule: {rule} is for shares; {metric.name} is none: set rule: best")
+        chosen = choose_strength(
+            found, examples=len(validation), rule=rule, higher_is_better=metric.higher_is_better
+        )
         means = ", ".join(f"{s:g}: {sum(v) / len(v):.1f}" for s, v in found.items())
-        self.display.say(f"{name}: λ {chosen:g} chosen by validation accuracy ({means})")
+        self.display.say(f"{name}: λ {chosen:g} chosen by validation {metric.name} ({means})")
         self.recorder.write(
             "selected", method=name, weight_decay=chosen, validation={str(s): v for s, v in found.items()}
         )
@@ -222,8 +235,9 @@ class _Job:
             seconds = time.perf_counter() - self.started
             columns = compared(self.results)
             write_results(self.directory / "results.json", self.results, columns, seconds=seconds)
-            draw(columns, self.directory / "id_ood.png", metric=self.task.metric)
-            print_summary(self.display.console, columns, metric=self.task.metric)
+            metric = self.metric
+            draw(columns, self.directory / "id_ood.png", metric=metric.name, percent=metric.percent)
+            print_summary(self.display.console, columns, metric=metric.name, percent=metric.percent)
             self.display.say(
                 f"{seconds:.0f} s on {self.world.size} rank(s). In {self.directory}: metrics.jsonl, "
                 "results.json, id_ood.png" + ("" if self.config.save == "none" else ", checkpoints/")

@@ -53,7 +53,7 @@ def set_up(
     plain = method.name == PLAIN
     decay = config.train.adamw_weight_decay if plain else 0.0
     optimizer = make_optimizer(engine, config.train, weight_decay=decay)
-    target = engine.prepare(optimizer, config.train)
+    target = engine.prepare(optimizer)
     if isinstance(target, torch.optim.Optimizer):
         optimizer = target
     if plain:

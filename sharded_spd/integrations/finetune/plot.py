@@ -12,7 +12,7 @@ from sharded_spd.integrations.finetune.report import Column
 _COLOURS = ("#d1495b", "#2e86ab", "#3b8c5a", "#8f5fbf", "#e09f3e", "#6b6b6b")
 
 
-def draw(columns: Sequence[Column], path: Path, *, metric: str) -> None:
+def draw(columns: Sequence[Column], path: Path, *, metric: str, percent: bool) -> None:
     """Draw each method's way from the zero-shot point, and its scores by epoch, with standard errors."""
     import matplotlib
 
@@ -20,16 +20,17 @@ def draw(columns: Sequence[Column], path: Path, *, metric: str) -> None:
     from matplotlib import pyplot
 
     figure, (plane, time) = pyplot.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    unit = " (%)" if percent else ""
     start = columns[0].last(columns[0].runs[0])
     for column, colour in zip(columns[1:], _COLOURS, strict=False):
         _way(plane, column, colour)
         _by_epoch(time, column, colour)
     plane.plot(start.id, start.ood, "*", color="black", markersize=13, label="zero-shot", zorder=5)
-    plane.set_xlabel(f"in-distribution {metric} (%)")
-    plane.set_ylabel(f"out-of-distribution {metric} (%)")
+    plane.set_xlabel(f"in-distribution {metric}{unit}")
+    plane.set_ylabel(f"out-of-distribution {metric}{unit}")
     plane.set_title("From the pre-trained model to the end of training", fontsize=10)
     time.set_xlabel("epoch")
-    time.set_ylabel(f"{metric} (%)")
+    time.set_ylabel(f"{metric}{unit}")
     time.set_title("Solid: out of distribution. Dashed: in distribution", fontsize=10)
     for axes in (plane, time):
         axes.grid(alpha=0.25)

@@ -17,7 +17,9 @@ from sharded_spd.integrations.finetune.config import JobConfig, PretrainConfig
 from sharded_spd.integrations.finetune.corruptions import AUGMENTATIONS
 from sharded_spd.integrations.finetune.engines import engine_factory
 from sharded_spd.integrations.finetune.evaluate import evaluate
+from sharded_spd.integrations.finetune.loading import Kind
 from sharded_spd.integrations.finetune.methods import make_optimizer
+from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.strict import choice
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
@@ -61,15 +63,15 @@ def make_checkpoint(
     augment = _augmentation(pretrain.augment)
     torch.manual_seed(pretrain.seed)
     model = task.new_model(pretrain)
-    model_class, model_config = type(model), model.config
-    splits = task.splits(model_config, seed=0)
+    kind = Kind.of(model)
+    splits = world.agree(lambda: task.splits(kind.config, seed=0))
     if splits.pretrain is None:
         raise ConfigError(
             f"pretrain: data {config.data.name} has no set to pre-train on; give a checkpoint instead"
         )
-    engine = engine_factory(pretrain.engine, world)(model)
+    engine = engine_factory(pretrain.engine, world, pretrain.train)(model, None)
     optimizer = make_optimizer(engine, pretrain.train, weight_decay=pretrain.train.adamw_weight_decay)
-    engine.prepare(optimizer, pretrain.train)
+    engine.prepare(optimizer)
     fit(
         engine,
         optimizer,
@@ -82,13 +84,17 @@ def make_checkpoint(
         on_step=on_step,
     )
     held_out = splits.validation or splits.test
-    accuracy = evaluate(engine, task, {"held out": held_out}, batch_size=config.eval_batch_size)["held out"]
+    metrics = make_metrics(("accuracy",), known=("accuracy",))
+    scores = evaluate(
+        engine, task, {"held out": held_out}, metrics=metrics, batch_size=config.eval_batch_size
+    )
+    accuracy = scores["held out"]["accuracy"]
     if accuracy < 100 * pretrain.min_accuracy:
         raise ConfigError(
             f"pretrain.min_accuracy: wanted {pretrain.min_accuracy:.0%} on held-out images, got "
             f"{accuracy:.1f} %; train it longer or lower the bar"
         )
-    task.save_model(model_class, model_config, engine.wholes(), to)
+    task.save_model(kind, engine.wholes(), to)
     return accuracy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -100,7 +101,8 @@ class Display:
     def evaluated(self, found: Evaluation) -> None:
         """Tell an evaluation where there is no bar."""
         if self._bar is None:
-            self.say(f"{self._title}: epoch {found.epoch:.0f}  ID {found.id:.1f}  OOD {found.ood:.1f}")
+            ood = "" if math.isnan(found.ood) else f"  OOD {found.ood:.1f}"
+            self.say(f"{self._title}: step {found.step}, epoch {found.epoch:.3g}  ID {found.id:.1f}{ood}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

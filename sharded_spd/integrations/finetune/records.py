@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ ID = "test"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores in percent at one moment of a training: `test` and each out-of-distribution set by name."""
+    """The scores at one moment of a training: `test` and each out-of-distribution set by name.
+
+    `scores` are by the first metric, which methods are compared by; `metrics` has all metrics of each set,
+    also of `validation` where a training is stopped by it. Shares are in percent.
+    """
 
     step: int
     epoch: float
     scores: Mapping[str, float]
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def id(self) -> float:
@@ -82,6 +87,19 @@ class Figure:
         return f"{self.mean:.{digits}f}{error}"
 
 
+def plain_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON, in which a number that is none (NaN, infinity) is null."""
+
+    def plain(found: Any) -> Any:
+        if isinstance(found, float):
+            return found if math.isfinite(found) else None
+        if isinstance(found, Mapping):
+            return {key: plain(item) for key, item in found.items()}
+        return [plain(item) for item in found] if isinstance(found, (list, tuple)) else found
+
+    return json.dumps(plain(value), indent=indent)
+
+
 class Recorder:
     """Writes `metrics.jsonl` line by line; without a directory, as on all ranks but the main one, nothing."""
 
@@ -93,7 +111,7 @@ class Recorder:
         """Append one line, flushed, so that a run that dies leaves what it knew."""
         if self._file is not None:
             seconds = round(time.perf_counter() - self._began, 3)
-            self._file.write(json.dumps({"event": event, "seconds": seconds, **fields}) + "\n")
+            self._file.write(plain_json({"event": event, "seconds": seconds, **fields}) + "\n")
             self._file.flush()
 
     def close(self) -> None:

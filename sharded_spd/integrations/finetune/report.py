@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sharded_spd.integrations.finetune.records import ID, Evaluation, Figure, TrainingResult
+from sharded_spd.integrations.finetune.records import ID, Evaluation, Figure, TrainingResult, plain_json
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,24 @@ def compared(results: Sequence[TrainingResult]) -> list[Column]:
     return [Column("zero-shot", columns[0].runs, zero_shot=True), *columns]
 
 
-def print_summary(console: Console, columns: Sequence[Column], *, metric: str) -> None:
+def print_summary(console: Console, columns: Sequence[Column], *, metric: str, percent: bool) -> None:
     """Print the table, and the paired difference to the first method where several were compared."""
     seeds = len(columns[1].runs)
     spread = f", mean ± standard error over {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=f"{metric} in %{spread}", title_justify="left")
+    digits = 1 if percent else 3
+    table = Table(title=f"{metric}{' in %' if percent else ''}{spread}", title_justify="left")
     table.add_column("")
     for column in columns:
         table.add_column(column.title, justify="right")
     names = [name for name in columns[0].last(columns[0].runs[0]).scores if name != ID]
-    table.add_row("in distribution (ID)", *(c.figure(lambda e: e.id).text() for c in columns), style="bold")
+    table.add_row(
+        "in distribution (ID)", *(c.figure(lambda e: e.id).text(digits) for c in columns), style="bold"
+    )
     if names:
-        ood = (c.figure(lambda e: e.ood).text() for c in columns)
+        ood = (c.figure(lambda e: e.ood).text(digits) for c in columns)
         table.add_row("out of distribution (OOD)", *ood, style="bold", end_section=len(names) < 2)
     for index, name in enumerate(names):
-        cells = (c.figure(lambda e, name=name: e.scores[name]).text() for c in columns)  # type: ignore[misc]
+        cells = (c.figure(lambda e, name=name: e.scores[name]).text(digits) for c in columns)  # type: ignore[misc]
         table.add_row(f"  {name}", *cells, end_section=index == len(names) - 1)
     table.add_row(
         "distance from the start", *(_over_runs(c, lambda r: 100 * r.deviation, "%") for c in columns)
@@ -67,20 +69,20 @@ def print_summary(console: Console, columns: Sequence[Column], *, metric: str) -
         "examples per second", *(_over_runs(c, lambda r: r.samples_per_second, "", 0) for c in columns)
     )
     console.print(table)
-    for line in differences(columns):
+    for line in differences(columns, digits=digits):
         console.print(line)
 
 
-def differences(columns: Sequence[Column]) -> list[str]:
+def differences(columns: Sequence[Column], *, digits: int = 1) -> list[str]:
     """How each method differs from the first one, paired by seed."""
     base = columns[1]
     lines = []
     for column in columns[2:]:
         pairs = list(zip(column.runs, base.runs, strict=False))
-        parts = [
-            f"{name} {_signed(Figure.of([value(a.history[-1]) - value(b.history[-1]) for a, b in pairs]))}"
-            for name, value in (("ID", _id), ("OOD", _ood))
-        ]
+        parts = []
+        for name, value in (("ID", _id), ("OOD", _ood)):
+            figure = Figure.of([value(a.history[-1]) - value(b.history[-1]) for a, b in pairs])
+            parts.append(f"{name} {_signed(figure, digits)}")
         lines.append(f"{column.title} against {base.title}, seed by seed: {', '.join(parts)}")
     return lines
 
@@ -97,8 +99,9 @@ def _rate(run: TrainingResult) -> float:
     return math.nan if run.activation_rate is None else 100 * run.activation_rate
 
 
-def _signed(figure: Figure) -> str:
-    return figure.text() if figure.mean < 0 or math.isnan(figure.mean) else f"+{figure.text()}"
+def _signed(figure: Figure, digits: int) -> str:
+    text = figure.text(digits)
+    return text if figure.mean < 0 or math.isnan(figure.mean) else f"+{text}"
 
 
 def _over_runs(column: Column, value: Callable[[TrainingResult], float], unit: str, digits: int = 1) -> str:
@@ -117,4 +120,4 @@ def write_results(
         for c in columns
     }
     content = {"seconds": seconds, "summary": summary, "trainings": [asdict(result) for result in results]}
-    path.write_text(json.dumps(content, indent=1).replace("NaN", "null"), encoding="utf-8")
+    path.write_text(plain_json(content, indent=1), encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sharded_spd.checkpoint import Checkpoints, Resumed
+from sharded_spd.checkpoint.folder import find_latest
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.config import CheckpointConfig, JobConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
@@ -149,6 +150,11 @@ class Keeper:
         self._checkpoints = Checkpoints(folder, keep_last=config.keep_last, asynchronous=config.asynchronous)
         self.describe: Callable[[], Mapping[str, Any]] = dict
         self.adopt: Callable[[Resumed], None] = lambda resumed: None
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a checkpoint to go on from, the same on every rank. Collective."""
+        return bool(self._engine.world.share(find_latest(self._checkpoints.directory).path is not None))
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`."""

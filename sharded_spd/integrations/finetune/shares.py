@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,6 @@ from torch import nn
 from sharded_spd.checkpoint.export import Whole, wholes
 from sharded_spd.integrations.fairscale import import_fairscale
 from sharded_spd.integrations.finetune.blocks import need_ranks
-from sharded_spd.integrations.finetune.config import TrainConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
 
 
@@ -43,13 +43,18 @@ class _Shares(Engine):
         need_ranks(self.name)
         return DistributedDataParallel(model)
 
+    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged after the last part only."""
+        no_sync = getattr(self.model, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
+
     @abstractmethod
     def share_out(
         self, groups: list[dict[str, Any]], kind: type[torch.optim.Optimizer], **defaults: Any
     ) -> torch.optim.Optimizer:
         """The optimizer that shares the groups' parameters out, with a `kind` of each rank's own inside."""
 
-    def prepare(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+    def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """Put the same optimizer on every rank's share of the parameters."""
         defaults = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay", "fused")}
         groups = [

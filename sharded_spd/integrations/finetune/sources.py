@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.config import NamedBlock
 from sharded_spd.integrations.finetune.corruptions import seven_corruptions
-from sharded_spd.integrations.finetune.data import ArrayImages, ImageSet, Splits, read_images
+from sharded_spd.integrations.finetune.data import ArrayImages, Images, ImageSet, read_images
+from sharded_spd.integrations.finetune.examples import Splits
 from sharded_spd.integrations.finetune.strict import build, choice, wrong
+
+L = TypeVar("L")
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,20 @@ def load_splits(block: NamedBlock, *, spec: ImageSpec, seed: int) -> Splits:
     Raises:
         ConfigError: an unknown source or option, a file that is missing or does not fit the model.
     """
-    if block.name not in SOURCES:
-        raise choice("data", block.name, list(SOURCES))
-    options, load = SOURCES[block.name]
-    return load(build(options, block.options, "data"), spec, seed)
+    options, load = pick(SOURCES, block)
+    return load(options, spec, seed)
+
+
+def pick(sources: Mapping[str, tuple[type[Any], L]], block: NamedBlock) -> tuple[Any, L]:
+    """The options of the block `data`, checked, and what loads the sets of such a source.
+
+    Raises:
+        ConfigError: an unknown source or option, with the nearest name.
+    """
+    if block.name not in sources:
+        raise choice("data", block.name, list(sources))
+    options, load = sources[block.name]
+    return build(options, block.options, "data"), load
 
 
 def _digits(options: DigitsOptions, spec: ImageSpec, seed: int) -> Splits:
@@ -138,19 +151,16 @@ def _draw(count: int, wanted: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(1000 + seed))[:wanted]
 
 
-@dataclass(frozen=True)
-class _Drawn:
+class _Drawn(Images):
     """Some of the images of another set."""
 
-    whole: ImageSet
-    indices: torch.Tensor
-
-    @property
-    def labels(self) -> torch.Tensor:
-        return self.whole.labels[self.indices]
+    def __init__(self, whole: ImageSet, indices: torch.Tensor) -> None:
+        self._whole, self._indices = whole, indices
+        self.lazy = whole.lazy
+        self.labels = whole.labels[indices]
 
     def images(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.whole.images(self.indices[indices])
+        return self._whole.images(self._indices[indices])
 
 
 SOURCES: Mapping[str, tuple[type[Any], Callable[[Any, ImageSpec, int], Splits]]] = {

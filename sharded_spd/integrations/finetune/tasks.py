@@ -10,9 +10,13 @@ import torch
 from torch import nn
 
 from sharded_spd.checkpoint.export import Whole
+from sharded_spd.integrations.finetune.causal_lm import CausalLM
 from sharded_spd.integrations.finetune.classification import ImageClassification
 from sharded_spd.integrations.finetune.config import JobConfig, PretrainConfig
-from sharded_spd.integrations.finetune.data import ImageSet, Splits
+from sharded_spd.integrations.finetune.examples import Batch, Splits
+from sharded_spd.integrations.finetune.loading import Kind, Loaded
+from sharded_spd.integrations.finetune.metrics import Outcome
+from sharded_spd.integrations.finetune.sequences import SequenceClassification
 from sharded_spd.integrations.finetune.strict import choice
 
 
@@ -20,19 +24,28 @@ class Task(Protocol):
     """A kind of model and data: everything of a job that is not about optimizers and ranks."""
 
     @property
-    def metric(self) -> str:
-        """What the mean of `scores` is called."""
+    def metrics(self) -> Sequence[str]:
+        """The metrics that it has by name, the usual one first."""
+        ...
+
+    @property
+    def new_head(self) -> bool:
+        """Whether the head is a new one, known once `model_config` was called."""
         ...
 
     def new_model(self, config: PretrainConfig) -> nn.Module:
         """A model to pre-train, initialised from torch's random state."""
         ...
 
-    def load_model(self, directory: Path) -> nn.Module:
-        """The model of a checkpoint directory in float32; a new head is drawn from torch's random state."""
+    def model_config(self, directory: Path) -> Any:
+        """The configuration of the model of a checkpoint directory."""
         ...
 
-    def save_model(self, model_class: type[Any], config: Any, tensors: Sequence[Whole], to: Path) -> None:
+    def load(self, directory: Path, *, seed: int, empty: bool) -> Loaded:
+        """The model of a checkpoint directory in float32; `empty`: without values, where that can be."""
+        ...
+
+    def save_model(self, kind: Kind, tensors: Sequence[Whole], to: Path) -> None:
         """Write a checkpoint that `from_pretrained` loads, collective."""
         ...
 
@@ -41,17 +54,21 @@ class Task(Protocol):
         ...
 
     def losses(
-        self, model: nn.Module, data: ImageSet, indices: torch.Tensor, *, augment: Callable[..., Any] | None
+        self, model: nn.Module, batch: Batch, *, augment: Callable[..., Any] | None = None
     ) -> torch.Tensor:
-        """The loss of each example at `indices`, `[len(indices)]`, with gradients."""
+        """The loss of each example of a batch, added over its targets, `[n]`, with gradients."""
         ...
 
-    def scores(self, model: nn.Module, data: ImageSet, indices: torch.Tensor) -> torch.Tensor:
-        """How well each example at `indices` is solved, `[len(indices)]`, from 0 to 1."""
+    def outcome(self, model: nn.Module, batch: Batch) -> Outcome:
+        """What the model makes of each example of a batch."""
         ...
 
 
-TASKS: Mapping[str, Callable[[JobConfig, torch.device], Task]] = {"image-classification": ImageClassification}
+TASKS: Mapping[str, Callable[[JobConfig, torch.device], Task]] = {
+    "causal-lm": CausalLM,
+    "sequence-classification": SequenceClassification,
+    "image-classification": ImageClassification,
+}
 
 
 def make_task(config: JobConfig, device: torch.device) -> Task:

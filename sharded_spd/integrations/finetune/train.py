@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.config import TrainConfig
-from sharded_spd.integrations.finetune.data import ImageSet
 from sharded_spd.integrations.finetune.engine_base import Engine
+from sharded_spd.integrations.finetune.examples import (
+    GlobalBatch,
+    TrainSet,
+    global_batches,
+    is_stream,
+    share_of_batch,
+)
 from sharded_spd.integrations.finetune.resume import Keeper
 from sharded_spd.integrations.finetune.tasks import Task
-from sharded_spd.integrations.finetune.world import Interrupted, StopRequest, World
+from sharded_spd.integrations.finetune.world import Interrupted, StopRequest
 
 
 @dataclass(frozen=True)
@@ -30,31 +38,26 @@ class StepReport:
     samples_per_second: float
 
 
-def total_steps(examples: int, config: TrainConfig) -> int:
-    """The number of optimizer steps in all epochs."""
-    return config.epochs * math.ceil(examples / config.batch_size)
+def total_steps(data: TrainSet | int, config: TrainConfig) -> int:
+    """The number of optimizer steps in all epochs, or up to `max_steps`.
 
-
-def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """After which steps to evaluate: `evaluations` times, evenly, the last step included."""
-    return {max(1, round(steps * part / evaluations)) for part in range(1, evaluations + 1)}
-
-
-def _batches(examples: int, config: TrainConfig, seed: int) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(config.epochs):
-        yield from torch.randperm(examples, generator=generator).split(config.batch_size)
-
-
-def share_of_batch(batch: torch.Tensor, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of a batch, equally long on all ranks, and each example's weight in the mean over all.
-
-    Engines average over ranks, so a weight is ranks / batch; what fills up a short part weighs nothing.
+    Raises:
+        ConfigError: a stream, whose end nobody knows, without `max_steps`.
     """
-    length = -(-len(batch) // world.size)
-    places = torch.arange(world.rank * length, (world.rank + 1) * length)
-    weights = (places < len(batch)).to(torch.float32) * (world.size / len(batch))
-    return batch[places.clamp(max=len(batch) - 1)], weights.to(world.device)
+    if isinstance(data, int) or not is_stream(data):
+        examples = data if isinstance(data, int) else len(data)
+        steps = config.epochs * math.ceil(examples / config.batch_size)
+        return steps if config.max_steps is None else min(steps, config.max_steps)
+    if config.max_steps is None:
+        raise ConfigError("train.max_steps: is required with data.streaming, whose length is not known")
+    return config.max_steps
+
+
+def evaluation_steps(steps: int, evaluations: int, every: int | None = None) -> set[int]:
+    """After which steps to evaluate: evenly or `every` so many steps, the last step included."""
+    if every is not None:
+        return {*range(every, steps + 1, every), steps}
+    return {max(1, round(steps * part / evaluations)) for part in range(1, evaluations + 1)}
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
@@ -75,47 +78,48 @@ def fit(
     engine: Engine,
     optimizer: torch.optim.Optimizer,
     task: Task,
-    data: ImageSet,
+    data: TrainSet,
     *,
     config: TrainConfig,
     seed: int,
     stop: StopRequest,
     augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
     on_step: Callable[[StepReport], None],
-    on_evaluation: Callable[[int, float], None] | None = None,
+    on_evaluation: Callable[[int, float], bool] | None = None,
     keeper: Keeper | None = None,
 ) -> None:
     """Train `engine.model` on `data`, collective; a seed gives the same batches on any number of ranks.
 
     `on_step` is called on every rank every `log_every` steps, `on_evaluation` with step and epoch at
-    `evaluation_steps`. A `keeper` first restores what it has, and saves when it is due and before a stop.
+    `evaluation_steps`; the training ends where it says so. A `keeper` first restores what it has, and saves
+    when it is due and before a stop.
 
     Raises:
         Interrupted: on all ranks after the same step, if one of them was asked to stop.
+        ConfigError: on all ranks, where one could not read its examples.
     """
-    world, examples = engine.world, len(data.labels)
-    steps = total_steps(examples, config)
-    evaluate_at = evaluation_steps(steps, config.evaluations)
+    world, steps = engine.world, total_steps(data, config)
+    evaluate_at = evaluation_steps(steps, config.evaluations, config.evaluate_every)
     schedule = _schedule(optimizer, config, steps)
     augmenting = torch.Generator().manual_seed(seed * 1000 + world.rank + 1)
     change = None if augment is None else (lambda images: augment(images, augmenting))
     begin = 0 if keeper is None else keeper.restore(schedule)
-    if begin in evaluate_at and on_evaluation is not None:
-        on_evaluation(begin, begin * config.epochs / steps)  # a stop may have come before it
+    epochs_per_step = 0.0 if is_stream(data) else 1 / math.ceil(len(data) / config.batch_size)
+    # A stop may have come before it.
+    if begin in evaluate_at and on_evaluation is not None and on_evaluation(begin, begin * epochs_per_step):
+        return
     engine.model.train()
     running = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, steps, asked to stop
     since, seen = time.perf_counter(), 0
-    for step, batch in enumerate(_batches(examples, config, seed), start=1):
-        if step <= begin:
-            continue
-        indices, weights = share_of_batch(batch, world)
-        loss = (task.losses(engine.model, data, indices, augment=change) * weights).sum()
-        engine.backward(loss)
+    batches = global_batches(
+        data, steps=steps, batch_size=config.batch_size, seed=seed, world=world, skip=begin
+    )
+    for step, batch in enumerate(batches, start=begin + 1):
+        running[0] += _forward_and_backward(engine, task, batch, config.gradient_accumulation, change)
         lr = optimizer.param_groups[0]["lr"]
         engine.step(optimizer, max_grad_norm=config.max_grad_norm)
         schedule.step()
-        seen += len(batch)
-        running[0] += loss.detach()
+        seen += batch.count
         running[1] += 1
         due = keeper is not None and keeper.due(step) and step < steps
         if step % config.log_every and step not in evaluate_at and not due:
@@ -125,7 +129,7 @@ def fit(
         report = StepReport(
             step=step,
             steps=steps,
-            epoch=step * config.epochs / steps,
+            epoch=step * epochs_per_step,
             loss=total / count,
             lr=float(lr),
             samples_per_second=seen / (time.perf_counter() - since),
@@ -133,8 +137,9 @@ def fit(
         running.zero_()
         on_step(report)
         paused = time.perf_counter()
+        enough = False
         if on_evaluation is not None and step in evaluate_at and not stops:
-            on_evaluation(step, report.epoch)
+            enough = on_evaluation(step, report.epoch)
         if keeper is not None and (due or stops):
             keeper.save(step, schedule)
         since += time.perf_counter() - paused
@@ -142,3 +147,24 @@ def fit(
             if keeper is not None:
                 keeper.wait()
             raise Interrupted
+        if enough:
+            return
+
+
+def _forward_and_backward(
+    engine: Engine, task: Task, batch: GlobalBatch, parts: int, change: Callable[..., Any] | None
+) -> torch.Tensor:
+    """The gradients of a batch, part by part, and this rank's share of its loss."""
+    world = engine.world
+    shares = share_of_batch(batch.count, world, units=batch.units, parts=parts)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for part, (places, weights) in enumerate(shares, start=1):
+        last = part == parts
+        read = partial(batch.take, places)
+        examples = world.agree(read) if batch.lazy else read()
+        with engine.part(last=last):
+            with engine.autocast():
+                loss = (task.losses(engine.model, examples, augment=change) * weights).sum()
+            engine.backward(loss, last=last)
+        total += loss.detach()
+    return total

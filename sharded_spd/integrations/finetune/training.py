@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from sharded_spd.checkpoint import Resumed
-from sharded_spd.integrations.finetune.checkpoint import names_in_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig
-from sharded_spd.integrations.finetune.data import ImageSet, Splits
 from sharded_spd.integrations.finetune.engine_base import Engine
-from sharded_spd.integrations.finetune.engines import engine_factory
+from sharded_spd.integrations.finetune.engines import ENGINES, check_engine, engine_factory
 from sharded_spd.integrations.finetune.evaluate import evaluate
+from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
+from sharded_spd.integrations.finetune.loading import Kind, Weights
 from sharded_spd.integrations.finetune.methods import Method, set_up
+from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.progress import Display
 from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
 from sharded_spd.integrations.finetune.resume import Keeper, Progress
+from sharded_spd.integrations.finetune.stopping import VALIDATION, stops_early
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
 from sharded_spd.integrations.finetune.world import StopRequest, World
@@ -31,13 +33,15 @@ class _Live:
     """A model in training: its engine, its optimizer, and how far it has moved from its start."""
 
     def __init__(self, trainer: Trainer, method: Method, seed: int, purpose: str) -> None:
-        torch.manual_seed(seed)  # of a new head
-        model = trainer.task.load_model(trainer.checkpoint)
-        self.model_class, self.model_config = type(model), model.config
-        names = names_in_checkpoint(model, trainer.checkpoint)
-        self.engine: Engine = engine_factory(trainer.config.engine, trainer.world)(model)
+        torch.manual_seed(seed)
+        config, world = trainer.config, trainer.world
+        empty = loads_shards(config, world)
+        loaded = world.agree(lambda: trainer.task.load(trainer.checkpoint, seed=seed, empty=empty))
+        self.kind = Kind.of(loaded.model)
+        weights = None if loaded.whole else Weights(loaded, trainer.checkpoint)
+        self.engine: Engine = engine_factory(config.engine, world, config.train)(loaded.model, weights)
         self.optimizer, self.projector = set_up(
-            method, self.engine, trainer.config, checkpoint=trainer.checkpoint, names=names
+            method, self.engine, config, checkpoint=trainer.checkpoint, names=loaded.names
         )
         self._start = self.engine.local_copy() if self.projector is None else {}
         self.rates: list[float] = []
@@ -84,6 +88,16 @@ class _Live:
         return active / max(layers, 1), math.sqrt(distance / whole) if whole else None
 
 
+def loads_shards(config: JobConfig, world: World) -> bool:
+    """Whether each rank reads its shards only, so that none ever holds the whole model."""
+    engine = ENGINES[config.engine.name]
+    return (
+        config.load != "whole"
+        and torch.distributed.is_initialized()
+        and engine.loads_shards(check_engine(config.engine))
+    )
+
+
 class Trainer:
     """Trains each method of a job from the job's checkpoint."""
 
@@ -103,43 +117,55 @@ class Trainer:
         self.world, self.stop, self.recorder, self.display = world, stop, recorder, display
         self.progress, self.directory = progress, directory
         self._live: _Live | None = None
-        self._model_config = task.load_model(checkpoint).config
+        self.metrics = make_metrics(config.metrics or task.metrics[:1], known=task.metrics)
+        self._model_config = world.agree(lambda: task.model_config(checkpoint))
         self._seen: dict[int, Splits] = {}
         self._zero_shot: dict[int, Evaluation] = {}
 
     def splits(self, seed: int) -> Splits:
-        """The sets of the run with `seed`, read once."""
+        """The sets of the run with `seed`, read once. Collective."""
         if seed not in self._seen:
-            self._seen[seed] = self.task.splits(self._model_config, seed=seed)
+            self._seen[seed] = self.world.agree(lambda: self.task.splits(self._model_config, seed=seed))
         return self._seen[seed]
 
-    def zero_shot(self, seed: int) -> Evaluation:
-        """The scores before training, found once; only a new head makes them depend on the seed."""
-        seed = seed if self.config.classes else self.config.seeds[0]
-        if seed not in self._zero_shot:
-            self._zero_shot[seed] = self._score_start(seed)
-        return self._zero_shot[seed]
+    def _start(self, live: _Live, seed: int) -> list[Evaluation]:
+        """The scores before training, found once: only a new head makes them depend on the seed.
 
-    def _score_start(self, seed: int) -> Evaluation:
-        torch.manual_seed(seed)
-        engine = engine_factory(self.config.engine, self.world)(self.task.load_model(self.checkpoint))
-        return self._evaluate(engine, seed, step=0, epoch=0.0)
+        Nothing where the training goes on from a checkpoint, which has them.
+        """
+        seed = seed if self.task.new_head else self.config.seeds[0]
+        if seed not in self._zero_shot:
+            if live.keeper is not None and live.keeper.kept:
+                return []
+            found = self._zero_shot[seed] = self._evaluate(live.engine, seed, step=0, epoch=0.0)
+            self.recorder.write("zero-shot", seed=seed, scores=found.scores, metrics=found.metrics)
+            self.display.say(
+                "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in found.scores.items())
+            )
+        return [self._zero_shot[seed]]
 
     def _evaluate(self, engine: Engine, seed: int, *, step: int, epoch: float) -> Evaluation:
         splits = self.splits(seed)
-        sets: dict[str, ImageSet] = {ID: splits.test, **splits.ood}
-        scores = evaluate(engine, self.task, sets, batch_size=self.config.eval_batch_size)
-        return Evaluation(step, epoch, scores)
+        sets: dict[str, ExampleSet] = {ID: splits.test, **splits.ood}
+        stopping = self.config.train.early_stopping
+        if stopping is not None and stopping.set is None and splits.validation is not None:
+            sets[VALIDATION] = splits.validation
+        found = evaluate(
+            engine, self.task, sets, metrics=self.metrics, batch_size=self.config.eval_batch_size
+        )
+        first = self.metrics[0].name
+        scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
+        return Evaluation(step, epoch, scores, found)
 
-    def validate(self, method: Method, seed: int, validation: ImageSet) -> float:
+    def validate(self, method: Method, seed: int, validation: ExampleSet) -> float:
         """Train, then score the validation set, unless that is done; the test sets are not touched."""
         key = f"{method.name} {method.weight_decay} {seed}"
         if key in self.progress.validated:
             return self.progress.validated[key]
         live = self._fit(method, seed, purpose="select")
-        score = evaluate(live.engine, self.task, {"v": validation}, batch_size=self.config.eval_batch_size)[
-            "v"
-        ]
+        first, batch_size = self.metrics[:1], self.config.eval_batch_size
+        found = evaluate(live.engine, self.task, {"v": validation}, metrics=first, batch_size=batch_size)
+        score = found["v"][first[0].name]
         self.recorder.write(
             "validation", method=method.name, weight_decay=method.weight_decay, seed=seed, score=score
         )
@@ -152,8 +178,7 @@ class Trainer:
         for done in self.progress.results:
             if (done.method, done.weight_decay, done.seed) == (method.name, method.weight_decay, seed):
                 return done
-        start = self.zero_shot(seed)
-        history = [start]
+        history: list[Evaluation] = []
         began = time.perf_counter()
         speeds: list[float] = []
         live = self._fit(method, seed, purpose="compare", history=history, speeds=speeds)
@@ -191,6 +216,8 @@ class Trainer:
         speeds: list[float] | None = None,
     ) -> _Live:
         live = self._live = _Live(self, method, seed, purpose)
+        if history is not None:
+            history[:] = self._start(live, seed)
         tags = {"purpose": purpose, "method": method.name, "weight_decay": method.weight_decay, "seed": seed}
         self.display.begin(f"{'choosing ' if purpose == 'select' else ''}{method.label} seed {seed}")
         done = 0
@@ -204,19 +231,26 @@ class Trainer:
             if speeds is not None:
                 speeds.append(report.samples_per_second)
 
-        def on_evaluation(step: int, epoch: float) -> None:
-            if history is None or history[-1].step == step > 0:
-                return
-            found = self._evaluate(live.engine, seed, step=step, epoch=epoch)
-            history.append(found)
-            self.recorder.write("evaluation", **tags, step=found.step, epoch=found.epoch, scores=found.scores)
-            self.display.evaluated(found)
+        def on_evaluation(step: int, epoch: float) -> bool:
+            if history is None:
+                return False
+            if history[-1].step != step or step == 0:
+                found = self._evaluate(live.engine, seed, step=step, epoch=epoch)
+                history.append(found)
+                self.recorder.write("evaluation", **tags, **asdict(found))
+                self.display.evaluated(found)
+            enough = stops_early(self.config.train.early_stopping, history, self.metrics)
+            if enough:
+                self.recorder.write("stopped early", **tags, step=step)
+                self.display.say(f"{method.label} seed {seed}: stopped early after step {step}")
+            return enough
 
         def adopt(resumed: Resumed) -> None:
             nonlocal done
             done = resumed.step
             if history is not None:
                 history[:] = [Evaluation(**entry) for entry in resumed.extra["history"]]
+                self._zero_shot.setdefault(seed if self.task.new_head else self.config.seeds[0], history[0])
             live.rates[:] = resumed.extra["rates"]
             if speeds is not None:
                 speeds.extend(resumed.extra["speeds"])
@@ -245,7 +279,7 @@ class Trainer:
         return live
 
     def _save(self, live: _Live, to: Path) -> None:
-        self.task.save_model(live.model_class, live.model_config, live.engine.wholes(), to)
+        self.task.save_model(live.kind, live.engine.wholes(), to)
 
     @property
     def can_go_on(self) -> bool:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from sharded_spd.agree import agree
 from sharded_spd.errors import ConfigError
+
+T = TypeVar("T")
 
 RENDEZVOUS = "SHARDED_SPD_RENDEZVOUS"
 """Environment variable: the file through which ranks that the command itself started find each other."""
@@ -70,6 +73,19 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action`, which calls no collective; if it raises on one rank, raise on all. Collective."""
+        everyone = dist.group.WORLD if self.size > 1 else None
+        return agree(action, [] if everyone is None else [everyone])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of the ranks, collective."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def share(self, value: Any) -> Any:
         """The main rank's `value`, on every rank, collective."""

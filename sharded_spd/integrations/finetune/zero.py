@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.deepspeed import disable_shm_op, import_deepspeed
 from sharded_spd.integrations.finetune.config import TrainConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
+from sharded_spd.integrations.finetune.zero_loading import partition
 
 _OURS = {
     "optimizer": "the job makes its own AdamW, see `train`",
@@ -56,14 +58,14 @@ class DeepSpeedOptions:
                 raise ConfigError(f"config: has a block {key!r}, but {reason}; take it out")
         if whole.get("gradient_accumulation_steps", 1) not in (1, "auto"):
             raise ConfigError(
-                f"config: gradient_accumulation_steps is {whole['gradient_accumulation_steps']}; the job "
-                "takes one batch per step: wanted 1, and a larger train.batch_size"
+                f"config: gradient_accumulation_steps is {whole['gradient_accumulation_steps']}; take it out "
+                "and set train.gradient_accumulation"
             )
         return whole
 
 
 class DeepSpeed(Engine):
-    """ZeRO, as the JSON says; each rank has the whole model until DeepSpeed has taken over the optimizer."""
+    """ZeRO, as the JSON says; before stage 3 each rank has the whole model until DeepSpeed has taken over."""
 
     options = DeepSpeedOptions
     in_background = False
@@ -78,38 +80,44 @@ class DeepSpeed(Engine):
         self.json = self.options_given.load()
         self.module = model
         self._engine: Any = None
+        self._set_up()
+        if self.weights is not None:
+            partition(model, self.weights, self._whole_json(), self.world)
         return model
+
+    @classmethod
+    def check(cls, options: Any, train: TrainConfig) -> None:
+        """Whether the JSON clips as the job does.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        given = options.load().get("gradient_clipping", "auto")
+        if given not in ("auto", train.max_grad_norm or 0.0):
+            raise ConfigError(
+                f"engine.config: gradient_clipping is {given}, train.max_grad_norm {train.max_grad_norm}; "
+                'wanted the same in both, or "auto" in the JSON'
+            )
+
+    @classmethod
+    def loads_shards(cls, options: Any) -> bool:
+        """At stage 3, unless parameters go to NVMe."""
+        zero = options.load().get("zero_optimization", {})
+        return bool(zero.get("stage") == 3) and zero.get("offload_param", {}).get("device") != "nvme"
 
     @property
     def named_model(self) -> nn.Module:
         """The module inside of DeepSpeed's engine."""
         return self.module
 
-    def prepare(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+    def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """Have DeepSpeed take over model and optimizer.
 
         Raises:
             ConfigError: where the JSON clips otherwise than the job, or DeepSpeed refuses the JSON.
         """
-        if self.world.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        for key, value in {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-            os.environ.setdefault(key, value)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed = import_deepspeed()
-        if self.world.device.type == "cpu":
-            disable_shm_op()
-        clip = config.max_grad_norm or 0.0
-        given = self.json.get("gradient_clipping", "auto")
-        if given not in ("auto", clip):
-            raise ConfigError(
-                f"engine.config: gradient_clipping is {given}, train.max_grad_norm {config.max_grad_norm}; "
-                'wanted the same in both, or "auto" in the JSON'
-            )
-        whole = {key: value for key, value in self.json.items() if not key.startswith("train_")}
-        whole |= {"gradient_clipping": clip, "gradient_accumulation_steps": 1}
-        whole["train_micro_batch_size_per_gpu"] = -(-config.batch_size // self.world.size)
-        whole.setdefault("zero_force_ds_cpu_optimizer", False)  # the job's AdamW is kept under offload
+        whole = self._whole_json()
         try:
             self._engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=whole)
         except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
@@ -118,13 +126,42 @@ class DeepSpeed(Engine):
         self.module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
         return self._engine
 
+    def _set_up(self) -> None:
+        if self.world.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        for key, value in {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+            os.environ.setdefault(key, value)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        import_deepspeed()
+        if self.world.device.type == "cpu":
+            disable_shm_op()
+
+    def _whole_json(self) -> dict[str, Any]:
+        """The user's JSON with what the job settles."""
+        config = self.train
+        clip = config.max_grad_norm or 0.0
+        whole = {key: value for key, value in self.json.items() if not key.startswith("train_")}
+        whole |= {"gradient_clipping": clip, "gradient_accumulation_steps": config.gradient_accumulation}
+        share = -(-config.batch_size // self.world.size)
+        whole["train_micro_batch_size_per_gpu"] = -(-share // config.gradient_accumulation)
+        whole.setdefault("zero_force_ds_cpu_optimizer", False)  # the job's AdamW is kept under offload
+        if config.precision == "bfloat16" and "fp16" not in whole:
+            whole.setdefault("bf16", {"enabled": True})
+        return whole
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of DeepSpeed itself."""
+        return nullcontext()
+
     @property
     def _sharded(self) -> bool:
         return self._engine is not None and self._engine.zero_optimization_stage() == 3
 
-    def backward(self, loss: Tensor) -> None:
-        """DeepSpeed's own: it scales the loss, and averages over the ranks."""
-        self._engine.backward(loss)
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """DeepSpeed's own, which averages over the ranks; it counts the parts of a step by their `step`."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
         """DeepSpeed's own: it clips as its configuration says, and clears the gradients."""
