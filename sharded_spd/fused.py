@@ -36,10 +36,8 @@ def may_fuse(optimizer: Optimizer) -> bool:
 
 
 def _plain(group: Mapping[str, Any]) -> bool:
-    numbers = (group["lr"], *group["betas"], group["eps"])
     asked = group["fused"] or (group["fused"] is None and not group["foreach"])
-    special = group["capturable"] or group["differentiable"] or any(isinstance(x, Tensor) for x in numbers)
-    return bool(asked) and not special
+    return bool(asked) and not group["differentiable"]
 
 
 def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> set[Tensor]:
@@ -49,31 +47,29 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
     """
     items: list[Item] = []
     moments: list[Moments] = []
-    rows: list[bytes] = []
+    numbers: list[Tensor] = []
     done: set[Tensor] = set()
     steppable = step.steppable()
-    for group, lists in zip(optimizer.param_groups, gathered, strict=True):
-        params, _, means, squares, most, steps = lists
+    for group, (params, _, means, squares, most, steps) in zip(optimizer.param_groups, gathered, strict=True):
+        fixed = not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"], group["eps"]))
         counts: list[Tensor] = []
-        owned: list[list[Item]] = []
+        owned: list[int] = []
         for i, param in enumerate(params):
             own = steppable.get(param)
             # Half precision is stepped in it where torch's fused step is not asked for.
             if own is None or not (group["fused"] or param.dtype in _EXACT):
                 continue
-            state = Moments(
-                local_tensor(means[i]), local_tensor(squares[i]), local_tensor(most[i]) if most else None
-            )
-            if steps[i].is_cpu and _may_step(state, own[0].backend):
+            state = Moments(_here(means[i]), _here(squares[i]), _here(most[i]) if most else None)
+            if (fixed or not steps[i].is_cpu) and _may_step(state, own[0].backend):
                 done.add(param)
                 counts.append(steps[i])
-                owned.append(own)
+                owned.append(len(own))
                 items += own
                 moments += [state] * len(own)
-        rows += _numbers(group, counts, owned)
+        if counts:
+            numbers.append(_numbers(group, counts, owned, items[-1].tensors.weight.device))
     if items:
-        numbers = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float64).view(-1, len(ADAM_NUMBERS))
-        step.adam_(items, moments, numbers.to(items[0].tensors.weight.device, non_blocking=True))
+        step.adam_(items, moments, torch.cat(numbers))
     return done
 
 
@@ -87,18 +83,40 @@ def _may_step(state: Moments, backend: Backend) -> bool:
     return alike and backend.takes(state.mean, state.square, state.most)
 
 
-def _numbers(group: Mapping[str, Any], counts: list[Tensor], owned: Sequence[Sequence[Item]]) -> list[bytes]:
-    """Count the step (modified in place), and give each item its row of Adam's numbers."""
-    if not counts:
-        return []
-    # By a tensor, as torch does on CPU: a number would be made a tensor once per parameter.
-    torch._foreach_add_(counts, torch.ones(()), alpha=1.0)
+def _numbers(
+    group: Mapping[str, Any], counts: list[Tensor], owned: Sequence[int], device: torch.device
+) -> Tensor:
+    """Count the step (`counts` are modified in place), and give each item its row of Adam's numbers."""
+    if counts[0].is_cpu:
+        # By a tensor, as torch does on CPU: a number would be made a tensor once per parameter.
+        torch._foreach_add_(counts, torch.ones(()), alpha=1.0)
+        numbers = _on_host(group, torch.stack(counts).tolist(), owned)
+        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+    torch._foreach_add_(counts, 1)
+    return _on_device(group, torch.stack(counts), owned)
+
+
+def _on_host(group: Mapping[str, Any], counts: Sequence[float], owned: Sequence[int]) -> Tensor:
     made: dict[float, bytes] = {}
-    rows = []
     beta1, beta2 = group["betas"]
-    for count, own in zip(torch.stack(counts).tolist(), owned, strict=True):
+    rows = []
+    for count, num_items in zip(counts, owned, strict=True):
         if count not in made:
             step_size, root = group["lr"] / (1 - beta1**count), math.sqrt(1 - beta2**count)
             made[count] = struct.pack("=5d", beta1, beta2, group["eps"], step_size, root)
-        rows += [made[count]] * len(own)
-    return rows
+        rows.append(made[count] * num_items)
+    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float64).view(-1, len(ADAM_NUMBERS))
+
+
+def _on_device(group: Mapping[str, Any], counts: Tensor, owned: Sequence[int]) -> Tensor:
+    """The same where the counts are on a device, as with torch's fused and capturable steps: no waiting."""
+    counts = counts.double()
+    beta1, beta2, eps, lr = (
+        x.to(counts.device, torch.float64) if isinstance(x, Tensor) else torch.full_like(counts[:1], x)
+        for x in (*group["betas"], group["eps"], group["lr"])
+    )
+    columns = (beta1, beta2, eps, lr / (1 - beta1**counts), (1 - beta2**counts).sqrt())
+    rows = torch.stack([column.expand_as(counts) for column in columns], dim=1)
+    if all(num_items == 1 for num_items in owned):
+        return rows
+    return torch.cat([row.expand(num_items, -1) for row, num_items in zip(rows.split(1), owned, strict=True)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.kernels.base import Backend, Slice
+from sharded_spd.kernels.check import check
 from sharded_spd.kernels.chunked import ChunkedKernels
 from sharded_spd.kernels.cpu import cpu_kernels
 from sharded_spd.kernels.reference import ReferenceKernels
@@ -40,7 +41,7 @@ def kernels_for(device_type: str) -> Backend:
 
 
 def _triton(device_type: str, *, insist: bool) -> Backend | None:
-    """Triton's kernels, once they have worked on one number; None where they do not."""
+    """Triton's kernels, once they have done a step as plain torch does; None where they do not."""
     try:
         if device_type == "cuda" and not torch.version.hip:
             capability = torch.cuda.get_device_capability()
@@ -53,7 +54,7 @@ def _triton(device_type: str, *, insist: bool) -> Backend | None:
             raise RuntimeError("TRITON_INTERPRET is set, and Triton's interpreter reads host memory alone")
         kernels = TritonKernels(device_type)
         # It needs a C compiler and a driver that fits: what is wrong with them shows at the first launch.
-        kernels.table([Slice(torch.ones(1, device=device_type), 0, 1, None)]).sums(grads=False)
+        check(kernels, device_type)
     except Exception as error:  # whatever Triton, a compiler or the driver may raise
         text = f"{type(error).__name__}: {error}"
         if insist:
@@ -61,7 +62,7 @@ def _triton(device_type: str, *, insist: bool) -> Backend | None:
                 f"{SWITCH}=triton: Triton cannot be used on {device_type} tensors ({text}). Install the "
                 f"triton that this torch asks for, and a C compiler; or set {SWITCH}=auto"
             ) from error
-        _LOG.info("plain torch is used on %s, Triton cannot be had: %s", device_type, text)
+        _LOG.warning("plain torch is used on %s, Triton cannot be had: %s", device_type, text)
         return None
     return kernels
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_spd import AdamSPD
+from sharded_spd import AdamSPD, fused
 from sharded_spd.anchors import TensorAnchor
+from sharded_spd.kernels.check import check
+from sharded_spd.kernels.cpu import CpuKernels, cpu_kernels
 from sharded_spd.step import Step
 
 LAMBDA = 2.0
@@ -124,10 +127,36 @@ def test_by_default(dtype: torch.dtype, taken: int, monkeypatch: pytest.MonkeyPa
     """Nothing said, the kernels step what they step as torch's loop does, but for rounding."""
     counted = _Counted(monkeypatch)
     found = []
-    for fused in (None, False):
+    for asked in (None, False):
         params = _params(dtype)
-        _train(params, AdamSPD(params, lr=0.01, weight_decay=LAMBDA, fused=fused), steps=2)
+        _train(params, AdamSPD(params, lr=0.01, weight_decay=LAMBDA, fused=asked), steps=2)
         found.append(params)
     assert counted.slices == taken
     for p, q in zip(*found, strict=True):
         torch.testing.assert_close(p, q, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_numbers_on_a_device_are_those_of_the_host() -> None:
+    """Where torch keeps the counts of steps beside the parameters, they are not read."""
+    group = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+    counts, owned = torch.tensor([1.0, 1.0, 7.0, 100_000.0]), [1, 2, 1, 3]
+    host = fused._on_host(group, counts.tolist(), owned)
+    for settings in (group, {**group, "lr": torch.tensor(0.01, dtype=torch.float64)}):
+        torch.testing.assert_close(fused._on_device(settings, counts, owned), host, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        fused._on_device(group, counts, [1] * 4), host[[0, 1, 3, 4]], rtol=1e-13, atol=0
+    )
+
+
+def test_a_backend_that_computes_something_else_is_found_out() -> None:
+    """Before it is used for the first time."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    check(kernels, "cpu")
+
+    class Wrong(CpuKernels):
+        def table(self, slices: Any, last: Any = None) -> Any:
+            return super().table([replace(s, grad_factor=2 * s.grad_factor) for s in slices], last)
+
+    with pytest.raises(RuntimeError, match="cpu kernels give other sums than plain torch"):
+        check(Wrong(kernels._library), "cpu")
