@@ -38,12 +38,13 @@ class AdamSPD(Adam):
         weight_decay: lambda, the strength of the pull; not multiplied by lr.
         amsgrad: use the maximum of the second moments.
         maximize: ascend.
-        foreach: torch's multi-tensor implementation.
+        foreach: torch's multi-tensor implementation of Adam's step.
         capturable: allow capture in a CUDA graph.
         anchor: "snapshot" (the weights now), "deferred" (bound later by `bind()`), "zero", the path of a
             safetensors checkpoint, or an `AnchorStore`.
         rule: "spd", "l2sp", "decay" (torch AdamW's decay, for a new head), "none", or an instance of a rule.
-        fused: torch's fused implementation.
+        fused: None: Adam's step and the sums of the projection in one pass, in float32 and float64, where there
+            are kernels; True: in half precision, too, else torch's fused implementation; False: torch's loop.
         model: gives the parameters their names, where they come without.
         max_pull: upper bound of the pull lambda * r; 1.0 never overshoots the anchor.
 

@@ -52,6 +52,8 @@ class Monitor:
         if self._warned:
             return
         reports = [report["s"].max() for plan in plans for report in plan.reports.values()]
+        if reports and reports[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # an event must not be asked for while a graph is captured
         if reports:
             self._excess.post(
                 torch.stack([s.to(reports[0].device, non_blocking=True) for s in reports]).max()
