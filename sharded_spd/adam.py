@@ -43,7 +43,7 @@ class AdamSPD(Adam):
         anchor: "snapshot" (the weights now), "deferred" (bound later by `bind()`), "zero", the path of a
             safetensors checkpoint, or an `AnchorStore`.
         rule: "spd", "l2sp", "decay" (torch AdamW's decay, for a new head), "none", or an instance of a rule.
-        fused: None: Adam's step and the projection's sums in one pass, in float32 and float64, where there are
+        fused: None: Adam's step and the projection's sums in one pass in float32 and float64, where there are
             kernels; True: in half precision, too, else torch's fused implementation; False: torch's loop.
         model: gives the parameters their names, where they come without.
         max_pull: upper bound of the pull lambda * r; 1.0 never overshoots the anchor.
