@@ -110,7 +110,7 @@ def on_two_ranks(home: Path, cases: dict[str, list[str]], name: str) -> Path:
         env={**environment(home), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
@@ -230,7 +230,7 @@ def test_checkpoints_load_elsewhere_and_reach_what_was_reported(
         env=environment(lm_home),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     reported = [t["history"][-1]["scores"]["test"] for t in trained]

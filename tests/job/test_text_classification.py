@@ -85,7 +85,7 @@ def test_new_head_metrics_and_early_stopping(home: Path, monkeypatch: pytest.Mon
         env=environment(home),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) == pytest.approx(scores["f1"])

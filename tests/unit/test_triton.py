@@ -23,7 +23,7 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=110, cwd=ROOT
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=240, cwd=ROOT
     )
 
 
