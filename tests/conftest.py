@@ -14,7 +14,7 @@ OUTCOMES = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process of pytest-xdist runs the tests of a file, but for tasks, of which it runs those of a launch."""
+    """A process of pytest-xdist runs the tests of a file, and of tasks those of a launch."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
