@@ -32,6 +32,7 @@ class Seen:
 
     seconds: dict[int, float] = field(default_factory=dict)
     waiting: list[float] = field(default_factory=list)
+    exposed: list[float] = field(default_factory=list)
     held: int = 0
     peak: int = 0
     record: dict[str, Any] = field(default_factory=dict)
@@ -183,9 +184,10 @@ def _alternate(runners: Sequence[Runner], seen: dict[str, Seen], gradients: Grad
         for runner in [*runners[turn:], *runners[:turn]]:
             if number % every[runner.name]:
                 continue
-            own, waited = _timed_step(runner, watch, case)
+            own, most, least = _timed_step(runner, watch, case)
             seen[runner.name].seconds[number] = own
-            seen[runner.name].waiting.append(waited)
+            seen[runner.name].waiting.append(most)
+            seen[runner.name].exposed.append(least)
             round_seconds += own
             if number == 0:
                 every[runner.name] = max(
@@ -196,8 +198,11 @@ def _alternate(runners: Sequence[Runner], seen: dict[str, Seen], gradients: Grad
             break
 
 
-def _timed_step(runner: Runner, watch: Stopwatch, case: Case) -> tuple[float, float]:
-    """Seconds of the slowest rank, and the most that one waited for all-reduces."""
+def _timed_step(runner: Runner, watch: Stopwatch, case: Case) -> tuple[float, float, float]:
+    """Seconds of the slowest rank, and the most and the least that one spent in all-reduces.
+
+    The least is that of the rank which came last, and waited for no other: the collective itself.
+    """
     with runner.around(), AllReduceWatch(watch) as reduces:
         if case.ranks > 1:
             dist.barrier()
@@ -207,8 +212,9 @@ def _timed_step(runner: Runner, watch: Stopwatch, case: Case) -> tuple[float, fl
         runner.step()
         own = watch.seconds(watch.stop(begin))
     waited = reduces.seconds()
-    both = _everywhere([own, waited], max, case.ranks)
-    return both[0], both[1]
+    slowest, most = _everywhere([own, waited], max, case.ranks)
+    (least,) = _everywhere([waited], min, case.ranks)
+    return slowest, most, least
 
 
 def _everywhere(values: list[float], how: Any, ranks: int) -> list[float]:
@@ -233,6 +239,7 @@ def _finish(
         "seconds_spread": [min(own.seconds.values()), max(own.seconds.values())],
         "nanoseconds_per_parameter": seconds / share * 1e9,
         "waiting_for_all_reduce_seconds": median(own.waiting),
+        "exposed_all_reduce_seconds": median(own.exposed),
         "held_bytes_per_parameter": own.held / share if runner.params else None,
         "peak_bytes_per_parameter": own.peak / share if runner.params else None,
         "least_bytes_per_parameter": least_bytes(runner.name, case, pulled_elements),
@@ -259,6 +266,8 @@ def _count(runner: Runner, record: dict[str, Any], case: Case) -> None:
     record["payload_bytes"] = wire.payload_bytes
     waited = record["waiting_for_all_reduce_seconds"] + wire.seconds
     record["collective_share"] = min(1.0, _everywhere([waited], max, case.ranks)[0] / record["seconds"])
+    exposed = record["exposed_all_reduce_seconds"] + _everywhere([wire.seconds], min, case.ranks)[0]
+    record["exposed_share"] = min(1.0, exposed / record["seconds"])
     if case.device == "cuda":
         record["host_waits"] = _sync_check(runner)
 

@@ -59,7 +59,7 @@ def test_every_variant_is_measured_and_every_figure_is_a_number(step_cost: list[
             keys = ("seconds", "ratio_to_adamw_fused", "ratio_to_copy", "nanoseconds_per_parameter")
             assert all(math.isfinite(variant[key]) and variant[key] > 0 for key in keys)
             assert variant["rounds"] >= 2
-            assert 0 <= variant["collective_share"] <= 1
+            assert 0 <= variant["exposed_share"] <= variant["collective_share"] <= 1
         assert by_name(result)["adamw_fused"]["ratio_to_adamw_fused"] == 1
 
 
