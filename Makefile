@@ -17,8 +17,6 @@ JOB_STAMP := $(VENV)/.installed-job
 DEV_STAMP := $(VENV)/.installed-dev
 OLD_STAMP := $(VENV)/deepspeed-$(OLD_DEEPSPEED)
 CONFIG ?= configs/recipes/quickstart.yaml
-# Processes of pytest: most of a test's time is spent waiting for other processes to start.
-WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .PHONY: help quickstart test test-all lint format clean
@@ -30,7 +28,7 @@ quickstart: $(JOB_STAMP) ## set up and fine-tune on handwritten digits, AdamW be
 	$(BIN)/sharded-spd finetune $(CONFIG)
 
 test: $(DEV_STAMP) ## set up and run the quick tests
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(DEV_STAMP) $(OLD_STAMP) ## set up and run every test, DeepSpeed also in its oldest version
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -13,13 +13,6 @@ TASKS = pytest.StashKey[list[Task]]()
 OUTCOMES = pytest.StashKey[dict[str, str]]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A process of pytest-xdist runs the tests of a file, and of tasks those of a launch."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Notes the distributed tasks that were selected, so that one launch runs all of its own."""
     params = (getattr(item, "callspec", None) for item in session.items)
