@@ -30,8 +30,10 @@ quickstart: $(JOB_STAMP) ## set up and fine-tune on handwritten digits, AdamW be
 test: $(DEV_STAMP) ## set up and run the quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(DEV_STAMP) $(OLD_STAMP) ## set up and run every test, DeepSpeed also in its oldest version
+test-all: $(DEV_STAMP) $(OLD_STAMP) ## set up and run every test, parity also on the other kernels, DeepSpeed also in its oldest version
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	SHARDED_SPD_KERNELS=reference $(BIN)/python -m pytest tests/parity -m "not slow" $(PYTEST_ARGS)
+	SHARDED_SPD_KERNELS=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/parity/test_parity.py -k single-1-golden $(PYTEST_ARGS)
 	PYTHONPATH=$(OLD_STAMP) $(BIN)/python -m pytest tests/parity/test_zero.py $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## style, formatting, types and the direction of imports
