@@ -98,7 +98,7 @@ class Plan:
             infos = [
                 LayerInfo(fqn, shape, binding.layout.order) for fqn, shape in zip(fqns, shapes, strict=True)
             ]
-            part.state = {name: t.to(self.device) for name, t in rule.prepare(infos).items()}
+            part.state = {name: t.to(self.device, copy=True) for name, t in rule.prepare(infos).items()}
             parts.append(part)
         return parts
 

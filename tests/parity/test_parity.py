@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import cases, collective_cases, disk_cases, kept_cases, resume_cases, seam_cases
-from tests.reference.golden import SPD_FILES
+from tests.parity import cases, collective_cases, disk_cases, kept_cases, resume_cases, rule_cases, seam_cases
+from tests.reference.golden import FTP_FILES, SPD_FILES
 from tests.support.launch import Task
 from tests.support.training import FORMS
 
@@ -179,7 +179,27 @@ def _seam() -> Iterator[Task]:
         yield from _cross((("ddp", 2),), seam_cases.toy_collectives, label=label, expected=0, **options)
 
 
-TASKS = [*_golden(), *_oracle(), *_meshes(), *_resume(), *_collectives(), *_seam()]
+def _rules() -> Iterator[Task]:
+    for stem in FTP_FILES:
+        forms = FORMS if "adam" in stem else ("attached",)
+        cells = (("single", 1), ("ddp", 2), *FSDP2, ("hsdp", 4), ("fsdp2_tp", 4), ("tp", 2))
+        yield from _cross(cells, rule_cases.ftp_golden, forms=forms, label=stem, stem=stem)
+    for first, name in enumerate(rule_cases.RULES):
+        cells = (("single", 1), *FSDP2, ("hsdp", 4), ("fsdp2_tp", 4), ("tp", 2))
+        yield from _cross(cells, rule_cases.rule, first=first, label=name, name=name)
+        yield from _cross(
+            (("fsdp2", 2),), rule_cases.rule_in_columns, label=name, name=name, forms=["adam_spd"]
+        )
+        collectives = {"cwd": 0, "digrap": 1}.get(name, 1)
+        yield from _cross(FSDP2, rule_cases.rule_collectives, label=name, name=name, expected=collectives)
+        if name != "cwd":
+            yield from _cross(
+                (("single", 1), *FSDP2), rule_cases.rule_resumes, first=first, label=name, name=name
+            )
+            yield from _cross((("fsdp2", 4),), rule_cases.rule_resharded, first=first, label=name, name=name)
+
+
+TASKS = [*_golden(), *_oracle(), *_meshes(), *_resume(), *_collectives(), *_seam(), *_rules()]
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])
