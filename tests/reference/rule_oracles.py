@@ -163,7 +163,7 @@ class DiGraPOracle(RuleOracle):
     def edit(self, name: str, grad: Tensor, delta: Tensor) -> Tensor:
         """g - omega * p; p is kept, zero where it was not to be taken."""
         h, p_prev = 0.0, self.last.get(name, torch.zeros_like(grad))
-        if bool(p_prev.any()):
+        if bool(p_prev.any()) and bool(grad.any()):
             h = float((grad * p_prev).sum() / (grad.norm() * p_prev.norm()))
         moved = self.hyper.setdefault(name, ScalarAdam()).move(h, 1e-2)
         omega = self.omega[name] = min(1.0, max(0.0, self.omega.get(name, 0.0) + moved))

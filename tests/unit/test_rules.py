@@ -102,6 +102,7 @@ def test_digrap_omega_follows_the_cosine_and_takes_only_what_leads_away() -> Non
             zip(
                 (GRAD_DOT_DELTA, DELTA_SQ, GRAD_DOT_PREVIOUS, GRAD_SQ),
                 map(_vector, (dot, 4.0, previous, 9.0)),
+                strict=True,
             )
         )
         return float(
