@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from sharded_spd.checkpoint import Checkpoints
 from sharded_spd.rules import CWD, FTP, MAPS, MARSSP, DiGraP, Rule
 from tests.parity.cases import follow, gradients, tensors
 from tests.parity.resume_cases import reload_everywhere
@@ -43,7 +44,8 @@ _PULLED = ("maps", "cwd")
 """Whose weight_decay is a strength; the others' is AdamW's decay, and the base's own under `attach`."""
 
 
-def _setup(rule: str, form: Form, start: dict[str, Tensor]) -> tuple[LayerOptions, RuleOracle]:
+def setup(rule: str, form: Form, start: dict[str, Tensor]) -> tuple[LayerOptions, RuleOracle]:
+    """The options of every layer, and the oracle of that form."""
     own, oracle, strength = RULES[rule]
     options = LayerOptions(lr=0.02, weight_decay=strength, rule=own)  # type: ignore[arg-type]
     order = tuple(name for name, _ in Probe(start).named_parameters())
@@ -79,7 +81,7 @@ def _base(
 def rule(engine: Engine, *, form: Form, name: str) -> None:
     """As the oracle does on whole tensors, also in steps without some gradients."""
     start = tensors()
-    options, oracle = _setup(name, form, start)
+    options, oracle = setup(name, form, start)
     training = Training(engine, start, options, form=form)
     missing = {3: ("block.attn.weight", "one"), 5: ("embed.weight",)}
     follow(training, oracle, gradients(start, 12, missing=missing))
@@ -89,7 +91,7 @@ def rule_in_columns(engine: Engine, *, form: Form, name: str) -> None:
     """Weights split by columns: every row lies on all ranks."""
     start = tensors({"a.weight": (3, 8), "a.bias": (3,), "b.weight": (5, 4, 2), "b.other": (1, 4)})
     engine.options["shard_placement_fn"] = lambda p: Shard(1) if p.ndim > 1 else None
-    options, oracle = _setup(name, form, start)
+    options, oracle = setup(name, form, start)
     training = Training(engine, start, options, form=form)
     weight = training.params["a.weight"]
     assert isinstance(weight, DTensor)
@@ -100,7 +102,7 @@ def rule_in_columns(engine: Engine, *, form: Form, name: str) -> None:
 def rule_resumes(engine: Engine, *, form: Form, name: str) -> None:
     """Saved after four steps and loaded into new objects: the same bits as without a break."""
     start = tensors()
-    options, _ = _setup(name, form, start)
+    options, _ = setup(name, form, start)
     first = Training(engine, start, options, form=form)
     grads = gradients(start, 8)
     for given in grads[:4]:
@@ -124,14 +126,14 @@ def rule_resumes(engine: Engine, *, form: Form, name: str) -> None:
 def rule_resharded(engine: Engine, *, form: Form, name: str) -> None:
     """torch.distributed.checkpoint: saved on four ranks, loaded on four, two and one, with the state."""
     start = tensors()
-    options, oracle = _setup(name, form, start)
+    options, oracle = setup(name, form, start)
     reload_everywhere(engine, start, options, oracle, form=form)
 
 
 def rule_collectives(engine: Engine, *, form: Form, name: str, expected: int) -> None:
     """So many all-reduces per step, whatever the rule's statistics are."""
     start = tensors()
-    options, _ = _setup(name, form, start)
+    options, _ = setup(name, form, start)
     training = Training(engine, start, options, form=form)
     for t, grads in enumerate(gradients(start, 4)):
         training.backward(grads)
@@ -141,3 +143,23 @@ def rule_collectives(engine: Engine, *, form: Form, name: str, expected: int) ->
         training.steps += 1
         if t >= 2:
             assert [op for op, _ in seen.direct] == ["allreduce_"] * expected, f"got {seen.direct}"
+
+
+def rule_in_checkpoints(engine: Engine, *, form: Form, name: str) -> None:
+    """Saved by `Checkpoints` after four steps, loaded into new objects: the same bits as without a break."""
+    start = tensors()
+    options, _ = setup(name, form, start)
+    grads = gradients(start, 8)
+    first = Training(engine, start, options, form=form)
+    for given in grads[:4]:
+        first.step(given)
+    checkpoints = Checkpoints(engine.scratch / "run")
+    checkpoints.save(4, first.model, first.optimizer, projector=first.projector)
+    second = Training(engine, start, options, form=form)
+    found = checkpoints.load(second.model, second.optimizer, projector=second.projector)
+    assert found is not None
+    second.steps = first.steps
+    for given in grads[4:]:
+        first.step(given)
+        second.step(given)
+        assert_bits_equal(second.weights(), first.weights())

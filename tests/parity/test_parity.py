@@ -194,14 +194,7 @@ def _rules() -> Iterator[Task]:
         yield replace(task, slow=not here)
 
 
-_RULE_CASES = (
-    "ftp_golden",
-    "rule-",
-    "rule_in_columns",
-    "rule_resumes-ftp",
-    "rule_resumes-digrap",
-    "rule_coll",
-)
+_RULE_CASES = ("ftp_golden", "rule-", "rule_in_columns-ftp", "rule_in_checkpoints-ftp", "rule_collectives")
 
 
 def _all_rules() -> Iterator[Task]:
@@ -218,6 +211,7 @@ def _all_rules() -> Iterator[Task]:
         if name != "cwd":
             yield from _cross((("single", 1), *FSDP2), rule_cases.rule_resumes, **own)
             yield from _cross((("fsdp2", 4),), rule_cases.rule_resharded, **own)
+            yield from _cross((("single", 1), *FSDP2), rule_cases.rule_in_checkpoints, **own)
 
 
 TASKS = [*_golden(), *_oracle(), *_meshes(), *_resume(), *_collectives(), *_seam(), *_rules()]
