@@ -42,9 +42,11 @@ class AdamSPD(Adam):
         capturable: allow capture in a CUDA graph.
         anchor: "snapshot" (the weights now), "deferred" (bound later by `bind()`), "zero", the path of a
             safetensors checkpoint, or an `AnchorStore`.
-        rule: "spd", "l2sp", "decay" (torch AdamW's decay, for a new head), "none", or an instance of a rule.
-        fused: None: Adam's step and the projection's sums in one pass in float32 and float64, where there are
-            kernels; True: in half precision, too, else torch's fused implementation; False: torch's loop.
+        rule: "spd", "l2sp", "decay" (torch AdamW's decay, for a new head), "none", another rule's name, or an
+            instance of a rule: `FTP(k=0.3)`. For rules without a strength weight_decay is AdamW's decay.
+        fused: None: Adam's step and the sums of the projection in one pass, in float32 and float64, where
+            there are kernels; True: in half precision, too, else torch's fused implementation; False: torch's
+            loop.
         model: gives the parameters their names, where they come without.
         max_pull: upper bound of the pull lambda * r; 1.0 never overshoots the anchor.
 

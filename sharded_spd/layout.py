@@ -83,3 +83,8 @@ class ShardLayout:
     renamed: Mapping[str, str] = field(default_factory=dict)
     everywhere: ProcessGroup | None = None
     elsewhere: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """All layers in the model's order, the same on every rank; empty where only the model could tell."""
+        return self.model_fqns or (self.fqns if self.everywhere is None else ())

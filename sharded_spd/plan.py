@@ -95,8 +95,10 @@ class Plan:
             columns = torch.tensor([self.column[fqn] for fqn in fqns], device=self.device)
             row_lengths = torch.tensor(lengths, device=self.device)
             part = RulePart(rule, tuple(fqns), columns, row_lengths, ranges, ends[-1])
-            infos = [LayerInfo(fqn, shape) for fqn, shape in zip(fqns, shapes, strict=True)]
-            part.state = {name: t.to(self.device) for name, t in rule.prepare(infos).items()}
+            infos = [
+                LayerInfo(fqn, shape, binding.layout.order) for fqn, shape in zip(fqns, shapes, strict=True)
+            ]
+            part.state = {name: t.to(self.device, copy=True) for name, t in rule.prepare(infos).items()}
             parts.append(part)
         return parts
 

@@ -79,6 +79,11 @@ class Block:
             raise RuntimeError("this block has no kept weight: declare keeps_w=True in the rule's RuleSpec")
         return self.weight.double() - self.kept.double()
 
+    @property
+    def kept_delta(self) -> Tensor:
+        """w - w0 before the base step, float64, also after it; only for rules that keep w."""
+        return self.delta - self.update
+
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
@@ -94,6 +99,12 @@ GRAD_DOT_DELTA = Statistic("grad_dot_delta", lambda b: b.grad * b.delta)
 
 DELTA_SQ = Statistic("delta_sq", lambda b: b.delta * b.delta)
 """|w - w0|^2 before the base step, |w~ - w0|^2 after it."""
+
+GRAD_SQ = Statistic("grad_sq", lambda b: b.grad * b.grad)
+"""|g|^2."""
+
+GRAD_DOT_PREVIOUS = Statistic("grad_dot_previous", lambda b: b.grad * b.state["previous"])
+"""<g, x> with x the rule's shard state "previous"."""
 
 UPDATE_GAIN = Statistic("update_gain", lambda b: b.update * (2 * b.delta - b.update))
 """|w~ - w0|^2 - |w - w0|^2 free of cancellation: u*(2d + u) with d before the step, u*(2d~ - u) with d~ "

@@ -16,7 +16,7 @@ from sharded_spd.errors import AnchorError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
 from sharded_spd.items import Item
 from sharded_spd.kernels import REFERENCE, Moments
-from sharded_spd.kernels.reference import pull_
+from sharded_spd.kernels.reference import pull_, pull_back_
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan, Reduction, RulePart, reduce_together_
 from sharded_spd.roster import Roster
@@ -79,6 +79,8 @@ class Step:
             if item.part.rule.spec.keeps_w:
                 item.kept = item.tensors.flat_weight().clone()
         for p, part in enumerate(self._plan.parts):
+            if part.rule.spec.decays:
+                self._decay(part)
             if part.rule.spec.when == "before":
                 stats = self._edited[p][0] if p in self._edited else self._no_stats(part)
                 self._project(p, part, stats, self._flags)
@@ -265,6 +267,17 @@ class Step:
         per_layer = stats.over_rows(s, "max").clamp(min=0.0) if by_row else s
         self._plan.report(part, per_layer, self._report(part, stats, per_layer, flags))
 
+    def _decay(self, part: RulePart) -> None:
+        """AdamW's decay of the layers whose strength is their param group's own."""
+        s = self._options(part).lr * self._options(part).weight_decay
+        active = self._active(part, self._no_stats(part), self._flags)
+        own = [self._binding.options[fqn].weight_decay is None for fqn in part.fqns]
+        s = torch.where(active & torch.tensor(own, device=s.device) & torch.isfinite(s), s, 0.0)
+        for item in self._items:
+            if item.part is part:
+                pull_(item.tensors.flat_weight(), None, s[item.index])
+                item.write_back()
+
     def _pull(
         self, item: Item, stats: Stats, s: Tensor, options: Options, active: Tensor, limit: Tensor
     ) -> None:
@@ -279,7 +292,10 @@ class Step:
             for cut, block in item.blocks(grads=False):
                 each = rule.shrink_elements(block, options.lr[i], options.weight_decay[i])
                 each = torch.where(active[i] & torch.isfinite(each), each, 0.0).clamp(max=limit[i])
-                pull_(weight[cut], block.anchor, each)
+                if rule.spec.pulls_kept:
+                    pull_back_(weight[cut], each * block.kept_delta)
+                else:
+                    pull_(weight[cut], block.anchor, each)
         elif rule.spec.granularity == "row":
             for cut, block in item.blocks(grads=False):
                 pull_(weight[cut], block.anchor, _to_elements(s, item=item, cut=cut))

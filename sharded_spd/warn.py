@@ -45,13 +45,14 @@ def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
         for piece in shard.slices:
             own, group = binding.options[piece.layer], shard.param_group
             strength = float(group["weight_decay"] if own.weight_decay is None else own.weight_decay)
+            alone = own.rule.spec.decays  # has no lambda: a base that decays is as it should be
             if own.rule.spec.pulls:
-                strengths.append(strength)
-            if not (own.rule.spec.pulls and own.rule.spec.anchored and strength > 0):
+                strengths.append(1.0 if alone else strength)
+            if not (own.rule.spec.pulls and own.rule.spec.anchored and (alone or strength > 0)):
                 continue
             if shard.tensor.dtype in (torch.bfloat16, torch.float16):
                 half.append(piece.layer)
-            if own.weight_decay is not None and float(group.get("weight_decay") or 0.0) > 0:
+            if not alone and own.weight_decay is not None and float(group.get("weight_decay") or 0.0) > 0:
                 decayed.append(piece.layer)
     if strengths and not any(strengths):
         warnings.warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_spd.engines.fairscale import fairscale_parts
 from sharded_spd.engines.fsdp1 import fsdp1_parts
 from sharded_spd.engines.parts import Part
-from sharded_spd.names import clean_fqns
+from sharded_spd.names import clean_fqn, clean_fqns
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
     """`names`: the FQN of each parameter that is one layer; `parts`: of the tensors that a wrapper cut.
 
-    `fqns` are all the model's; `replicas` the group of DistributedDataParallel.
+    `fqns` are all the model's, in its order; `replicas` the group of DistributedDataParallel.
     """
 
     names: Mapping[Tensor, str] = field(default_factory=dict)
@@ -51,7 +51,17 @@ def view_model(model: Module) -> ModelView:
         if len(part.slices) == 1:
             names[tensor] = part.slices[0].layer
     group = model.process_group if isinstance(model, DistributedDataParallel) else None
-    return ModelView(names, parts, tuple(cleaned), group)
+    fqns = _in_order(raw, by_raw, model) if parts else tuple(cleaned)
+    return ModelView(names, parts, fqns, group)
+
+
+def _in_order(raw: Sequence[str], by_raw: Mapping[str, str], model: Module) -> tuple[str, ...]:
+    """The FQNs as the unwrapped model's `named_parameters` had them; flat tensors list a unit's own first."""
+    place: dict[str, int] = {}
+    for name, _ in model.named_modules():
+        place.setdefault(clean_fqn(name), len(place))
+    ordered = sorted(raw, key=lambda name: place.get(clean_fqn(name).rpartition(".")[0], len(place)))
+    return tuple(by_raw[name] for name in ordered)
 
 
 def is_flat(param: Tensor) -> bool:

@@ -119,3 +119,9 @@ def pull_(weight: Tensor, anchor: Values | None, s: Tensor) -> None:
         pulled = _pull_chunk(part, None if anchor is None else anchor[begin:end], s_part)
         # An infinite weight has no way back: lerp makes it NaN.
         part.copy_(torch.where((s_part != 0) & torch.isfinite(pulled), pulled, part))
+
+
+def pull_back_(weight: Tensor, by: Tensor) -> None:
+    """w <- w - by, float64 (modified in place); where it is 0, or the result not finite, the bits stay."""
+    pulled = (weight.double() - by).to(weight.dtype)
+    weight.copy_(torch.where((by != 0) & torch.isfinite(pulled), pulled, weight))

@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.rules.base import LayerInfo, Options, Rule, RuleSpec, Stats
+from sharded_spd.rules.cwd import CWD
 from sharded_spd.rules.decay import Decay, NoRule
+from sharded_spd.rules.digrap import DiGraP
+from sharded_spd.rules.ftp import FTP
 from sharded_spd.rules.l2sp import L2SP
+from sharded_spd.rules.maps import MAPS
+from sharded_spd.rules.mars_sp import MARSSP
 from sharded_spd.rules.spd import SPD
 
-__all__ = ["L2SP", "SPD", "Decay", "LayerInfo", "NoRule", "Options", "Rule", "RuleSpec", "Stats", "make_rule"]
+__all__ = [
+    "CWD",
+    "FTP",
+    "L2SP",
+    "MAPS",
+    "MARSSP",
+    "SPD",
+    "Decay",
+    "DiGraP",
+    "LayerInfo",
+    "NoRule",
+    "Options",
+    "Rule",
+    "RuleSpec",
+    "Stats",
+    "make_rule",
+]
 
-_RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (SPD, L2SP, Decay, NoRule)}
+_RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (SPD, L2SP, FTP, MAPS, CWD, MARSSP, DiGraP, Decay, NoRule)
+}
 
 
 def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rule:
     """The rule of that name made with `options`; an instance is returned as it is.
 
     Raises:
-        ConfigError: for an unknown name or an unknown option, with the nearest known one.
+        ConfigError: for an unknown name or an unknown option, with the nearest known one; for an option that
+            is missing or out of range.
     """
     options = dict(options or {})
     if not isinstance(rule, str):
@@ -39,11 +64,18 @@ def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rul
         near = difflib.get_close_matches(rule, _RULES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown rule {rule!r}; wanted one of {', '.join(_RULES)}{hint}")
-    known = list(getattr(_RULES[rule], "__dataclass_fields__", {}))
+    own = [f for f in fields(_RULES[rule]) if f.init]  # type: ignore[arg-type]
+    known = [f.name for f in own]
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             wanted = f"one of {known}" if known else "none: this rule has no options"
             raise ConfigError(f"unknown option {key!r} of rule {rule!r}; wanted {wanted}{hint}")
+    missing = [f.name for f in own if f.default is MISSING and f.name not in options]
+    if missing:
+        raise ConfigError(
+            f"rule {rule!r} needs its option {missing[0]!r}; give it as rule_options: {{{missing[0]}: ...}}, "
+            f"or the instance as rule={_RULES[rule].__name__}({missing[0]}=...)"
+        )
     return _RULES[rule](**options)

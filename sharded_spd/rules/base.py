@@ -18,10 +18,14 @@ from sharded_spd.stats import Block, Statistic
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """What a rule may know of a layer beforehand."""
+    """What a rule may know of a layer beforehand.
+
+    `order` names all layers in the model's order, the same on every rank; empty where no rank knows it.
+    """
 
     fqn: str
     shape: tuple[int, ...]
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,10 @@ class RuleSpec:
         when: whether the pull comes after the base step, or before it, as decoupled weight decay does.
         anchored: False for a rule that pulls toward zero and never looks at the anchor.
         pulls: False for a rule that leaves the base optimizer alone.
-        keeps_w: keep a copy of w over the base step (`Block.kept`, `Block.update`).
+        keeps_w: keep a copy of w over the base step (`Block.kept`, `Block.update`, `Block.kept_delta`).
+        pulls_kept: granularity "element", with `keeps_w`: the pull is w <- w~ - s * (w - w0).
+        decays: for a rule that has no strength: the param group's weight_decay is AdamW's decay, done before
+            the base step. Where a configuration sets lambda (`attach`), the base has a decay of its own.
         edits_grad: reduce `before` ahead of the base step and let `edit_grad` change the gradient.
         layer_state: names of replicated float64 state, one number per layer, made by `prepare`.
         shard_state: names of state shaped like the weights, kept per shard, zero at first.
@@ -48,6 +55,8 @@ class RuleSpec:
     anchored: bool = True
     pulls: bool = True
     keeps_w: bool = False
+    pulls_kept: bool = False
+    decays: bool = False
     edits_grad: bool = False
     layer_state: tuple[str, ...] = ()
     shard_state: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from tests.parity import (
     kept_cases,
     older_cases,
     resume_cases,
+    rule_cases,
     seam_cases,
 )
 from tests.reference.golden import SPD_FILES
@@ -146,6 +147,11 @@ def _tasks() -> Iterator[Task]:
         for toy in seam_cases.TOYS:
             yield from _cross(engine, world, seam_cases.toy_rule, world // 4, toy=toy)
             yield from _cross(engine, world, seam_cases.toy_resumes, world // 4, toy=toy)
+        for turn, name in enumerate(rule_cases.RULES):
+            slow = engine != "fsdp1_flat" or world != 2 or name not in ("ftp", "digrap")
+            yield Task(
+                f"rule-{name}", engine, world, rule_cases.rule, {"form": FORMS[turn % 2], "name": name}, slow
+            )
     for engine in ("fsdp1", "fsdp1_flat", "zero_redundancy"):
         yield Task("fused", engine, 2, cases.fused, {"dtype": torch.float64, "mixed": False})
     for engine, world in (*FSDP1, *FAIRSCALE):

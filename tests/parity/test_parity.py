@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.parity import cases, collective_cases, disk_cases, kept_cases, resume_cases, seam_cases
-from tests.reference.golden import SPD_FILES
+from tests.parity import cases, collective_cases, disk_cases, kept_cases, resume_cases, rule_cases, seam_cases
+from tests.reference.golden import FTP_FILES, SPD_FILES
 from tests.support.launch import Task
 from tests.support.training import FORMS
 
@@ -179,7 +180,41 @@ def _seam() -> Iterator[Task]:
         yield from _cross((("ddp", 2),), seam_cases.toy_collectives, label=label, expected=0, **options)
 
 
-TASKS = [*_golden(), *_oracle(), *_meshes(), *_resume(), *_collectives(), *_seam()]
+def _rules() -> Iterator[Task]:
+    """Quick: one process, and one form of a few cells; the launches of four ranks cost the most."""
+    quick = {
+        "single-1": _RULE_CASES,
+        "fsdp2-2": _RULE_CASES,
+        "fsdp2-4": ("ftp_golden",),
+        "fsdp2_tp-4": ("rule-ftp",),
+    }
+    for task in _all_rules():
+        first = task.options["form"] == ("attached" if "sgd" in task.name else "adam_spd")
+        here = first and any(case in task.name for case in quick.get(task.launch, ()))
+        yield replace(task, slow=not here)
+
+
+_RULE_CASES = ("ftp_golden", "rule-", "rule_in_columns-ftp", "rule_in_checkpoints-ftp", "rule_collectives")
+
+
+def _all_rules() -> Iterator[Task]:
+    for stem in FTP_FILES:
+        forms = FORMS if "adam" in stem else ("attached",)
+        cells = (("single", 1), ("ddp", 2), *FSDP2, ("hsdp", 4), ("fsdp2_tp", 4), ("tp", 2))
+        yield from _cross(cells, rule_cases.ftp_golden, forms=forms, label=stem, stem=stem)
+    for name in rule_cases.RULES:
+        own: dict[str, Any] = {"label": name, "name": name}
+        cells = (("single", 1), *FSDP2, ("hsdp", 4), ("fsdp2_tp", 4), ("tp", 2))
+        yield from _cross(cells, rule_cases.rule, **own)
+        yield from _cross((("fsdp2", 2),), rule_cases.rule_in_columns, forms=["adam_spd"], **own)
+        yield from _cross(FSDP2, rule_cases.rule_collectives, expected=int(name != "cwd"), **own)
+        if name != "cwd":
+            yield from _cross((("single", 1), *FSDP2), rule_cases.rule_resumes, **own)
+            yield from _cross((("fsdp2", 4),), rule_cases.rule_resharded, **own)
+            yield from _cross((("single", 1), *FSDP2), rule_cases.rule_in_checkpoints, **own)
+
+
+TASKS = [*_golden(), *_oracle(), *_meshes(), *_resume(), *_collectives(), *_seam(), *_rules()]
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])

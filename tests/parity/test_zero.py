@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity import disk_cases
+from tests.parity import disk_cases, rule_cases, zero_rule_cases
 from tests.parity import zero_cases as cases
 from tests.parity import zero_odd_cases as odd
 from tests.parity import zero_seen_cases as seen
@@ -227,7 +227,18 @@ def _kernels() -> Iterator[Task]:
                 yield replace(task, engine="zero_kernels")
 
 
-TASKS = [*_matrix(), *_others(), *_odd(), *_seen()]
+def _rules() -> Iterator[Task]:
+    for stage in (1, 2, 3):
+        for name in rule_cases.RULES:
+            for defer in (False, True):
+                label = f"{stage}-{name}{'-defer' if defer else ''}"
+                setting = Setting(stage=stage)
+                yield _task(
+                    zero_rule_cases.rule, label, 2, setting=setting, name=name, defer=defer, slow=True
+                )
+
+
+TASKS = [*_matrix(), *_others(), *_odd(), *_seen(), *_rules()]
 KERNEL_TASKS = list(_kernels())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.reference.oracle import LayerOptions
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+FTP_FILES = tuple(sorted(path.stem for path in GOLDEN.glob("ftp_*.safetensors")))
 SPD_FILES = tuple(sorted(path.stem for path in GOLDEN.glob("spd_*.safetensors")))
 
 
@@ -66,4 +67,47 @@ def read_golden(stem: str) -> Golden:
         stats=under("stats"),
         final_exp_avg=under("final_exp_avg"),
         final_exp_avg_sq=under("final_exp_avg_sq"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FTPGolden:
+    """One trajectory of Fast Trainable Projection; `momentum` None: on Adam, else on SGD."""
+
+    names: tuple[str, ...]
+    excluded: tuple[str, ...]
+    lr: float
+    weight_decay: float
+    momentum: float | None
+    k: float
+    anchors: dict[str, Tensor]
+    init: dict[str, Tensor]
+    grads: list[dict[str, Tensor]]
+    params: list[dict[str, Tensor]]
+
+
+@cache
+def read_ftp(stem: str) -> FTPGolden:
+    """The FTP trajectory of that file name; float64."""
+    with safe_open(GOLDEN / f"{stem}.safetensors", "pt") as file:
+        meta = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    names = tuple(json.loads(meta["names"]))
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name: tensors[f"{prefix}/{name}"] for name in names if f"{prefix}/{name}" in tensors}
+
+    hparams = json.loads(meta["hparams"])
+    steps = range(int(meta["steps"]))
+    return FTPGolden(
+        names=names,
+        excluded=tuple(json.loads(meta["exclude"])),
+        lr=hparams["lr"],
+        weight_decay=hparams["weight_decay"],
+        momentum=hparams.get("momentum"),
+        k=hparams["k"],
+        anchors=under("anchor"),
+        init=under("init"),
+        grads=[under(f"grad/{t}") for t in steps],
+        params=[under(f"param/{t}") for t in steps],
     )
