@@ -103,10 +103,10 @@ def read_history(directory: Path) -> History:
     for line in lines:
         try:
             entry = json.loads(line)
-            seconds = float(entry["seconds"])
-            if seconds < latest:  # a resumed run counts anew
-                before += latest
-            latest = seconds
+            if entry["event"] == "run":  # begun, or resumed: the clock starts at zero again
+                before, latest = before + latest, 0.0
+            if entry["event"] != "trained":  # whose seconds are those of the training
+                latest = max(latest, float(entry["seconds"]))
             _take(found, courses, entry)
         except (ValueError, KeyError, TypeError, AttributeError):
             found.damaged += 1

@@ -29,8 +29,9 @@ p{margin:6px 0} .soft{color:var(--soft)}
 section{background:#fff;border:1px solid var(--line);border-radius:8px;padding:18px 20px;margin-top:18px}
 .wide{overflow-x:auto} table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
 td,th{padding:5px 14px 5px 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-td:first-child,th:first-child{text-align:left} th{font-weight:600;color:var(--soft)}
-table.facts td{text-align:left;overflow-wrap:anywhere} table.facts td:first-child{color:var(--soft);white-space:nowrap}
+td{white-space:nowrap} td:first-child,th:first-child{text-align:left} th{font-weight:600;color:var(--soft)}
+table.facts td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+table.facts td:first-child{color:var(--soft);white-space:nowrap}
 tr.strong td{font-weight:600} img{display:block;max-width:100%;margin:0 auto}
 .bad{border-color:#d9a441;background:#fff9ec} li{overflow-wrap:anywhere} code{font-size:13px}
 """

@@ -1,4 +1,4 @@
-"""The pictures of a job: scores in and out of distribution, how far each layer moved, how often it was pulled."""
+"""The pictures of a job: scores in and out of distribution, how far layers moved, how often pulled."""
 
 from __future__ import annotations
 
@@ -118,20 +118,26 @@ def draw_rates(courses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -
 def draw_layers(moments: Mapping[int, Mapping[str, Mapping[str, float]]], path: Path, *, title: str) -> None:
     """Draw |w - w0| / |w0| in % of each layer, the first layer of the model on top, by step."""
     pyplot = _pyplot()
+    from matplotlib.colors import PowerNorm
+
     names = list(dict.fromkeys(name for found in moments.values() for name in found))
     steps = sorted(moments)
     values = [[_percent(moments[step].get(name, {})) for step in steps] for name in names]
     figure, axes = pyplot.subplots(
         figsize=(9, min(14.0, 1.6 + 0.16 * max(8, len(names)))), layout="constrained"
     )
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
+    # By the root: a few layers move far more than the rest.
+    colours = pyplot.get_cmap("viridis").with_extremes(bad="#e8ebee")
+    image = axes.imshow(
+        values, aspect="auto", interpolation="nearest", cmap=colours, norm=PowerNorm(0.5, vmin=0)
+    )
     every = max(1, -(-len(names) // 80))
     axes.set_yticks(range(0, len(names), every), [plain_text(n) for n in names[::every]], fontsize=6)
     shown = range(0, len(steps), max(1, -(-len(steps) // 10)))
     axes.set_xticks(list(shown), [str(steps[i]) for i in shown])
     axes.set_xlabel("step")
     axes.set_title(plain_text(title), fontsize=10)
-    figure.colorbar(image, ax=axes, label="distance from the start (%)", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="distance from the start (%); grey: began at zero", shrink=0.8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 
 class Identities:
-    """The names under which libraries know a run's trainings, in trackers.json, so that a resumed run goes on."""
+    """Under which names libraries know a run's trainings, in trackers.json, so that a resumed run goes on."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "trackers.json"

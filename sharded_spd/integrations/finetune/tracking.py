@@ -78,8 +78,8 @@ class Tracking:
         self._names.remove(name)
         self._open.pop(name, None)
         warnings.warn(
-            f"track: {name} failed and gets nothing more of this run ({type(error).__name__}: {error!s:.300}); "
-            "the training goes on, metrics.jsonl has its figures",
+            f"track: {name} failed and gets nothing more of this run ({type(error).__name__}: "
+            f"{error!s:.300}); the training goes on, metrics.jsonl has its figures",
             stacklevel=2,
         )
 
