@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ def run_and_resume(directory: Path, name: str) -> None:
     first.write("zero-shot", seed=0, scores={"test": 10.0, "noise": 9.0}, metrics=zero)
     write_steps(first, range(1, 6))
     first.close()
+    if name == "wandb":
+        time.sleep(1.1)  # its folders are named by the second
     second = begin(directory, name)
     second.write("resumed", **TAGS, step=3)
     write_steps(second, range(4, 7), loss=100.0)

@@ -34,7 +34,7 @@ class Course:
         """A resumed training takes its steps from here on again."""
         for found in (self.steps, self.evaluations, self.layers):
             for later in [s for s in found if s > step]:
-                del found[later]  # type: ignore[attr-defined]
+                del found[later]
 
     def result(self, zero_shot: Evaluation | None) -> TrainingResult:
         """What the training came to, as far as it went."""
