@@ -16,16 +16,16 @@ from torch.utils.hooks import RemovableHandle
 from sharded_spd import vouch, warn
 from sharded_spd.agree import agree, check_same_layers, union
 from sharded_spd.anchors.fingerprint import combine
-from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind, flat
+from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
 from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
-from sharded_spd.layout import BoundShard, ShardLayout
+from sharded_spd.layout import BoundShard
 from sharded_spd.monitor import Monitor, measure_deviation
 from sharded_spd.plan import Plan, Reduction, reduce_together_
 from sharded_spd.roster import Roster
-from sharded_spd.stats import all_reduce_
 from sharded_spd.step import Step
+from sharded_spd.unbound import check_unbound
 
 
 class Projector:
@@ -210,7 +210,7 @@ class Projector:
         if self._failure is not None:
             raise self._failure
         if self._binding is None:
-            self._check_unbound(optimizer)
+            check_unbound(optimizer, self._adapter.layout())
             return None
         shards = self._adapter.bind(optimizer, grads=True)
         plan = self._plan(shards)
@@ -258,26 +258,6 @@ class Projector:
             self._failure = error
             raise
         self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
-
-    def _check_unbound(self, optimizer: Optimizer) -> None:
-        """An unbound step passes as the plain base where it moves nothing for lack of gradients."""
-        layout: ShardLayout | None = self._adapter.layout()
-        live = torch.zeros(1)
-        for group in optimizer.param_groups:
-            for grad in (p.grad for p in group["params"]):
-                if grad is None:
-                    continue
-                local = getattr(grad, "_local_tensor", grad)
-                if local.layout != torch.strided or bool(flat(local).any()):
-                    live.fill_(1)
-        for scope in layout.scopes if layout is not None else ():
-            all_reduce_(live, scope.group)
-        if bool(live):
-            raise BindingError(
-                f"{type(optimizer).__name__} was asked to step with gradients before its anchors are bound: "
-                "this would be the plain base optimizer; call bind() after sharding and loading the "
-                "pre-trained weights"
-            )
 
     def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
         """Own the handles of the hooks that call this projector, for `detach`."""

@@ -67,6 +67,19 @@ def finetune(
     raise typer.Exit(code)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The output folder of a run, finished or broken off.")],
+) -> None:
+    """Write report.html of a run into its folder, from metrics.jsonl."""
+    from sharded_spd.integrations.finetune.page import write_report
+
+    try:
+        print(write_report(run))
+    except OSError as error:
+        raise ConfigError(f"{run}: the report cannot be written: {error.strerror}") from None
+
+
 def quickstart_recipe() -> Path:
     """The built-in recipe: packaged with an installation, in `configs/` of a checkout."""
     package = Path(__file__).resolve().parents[1]

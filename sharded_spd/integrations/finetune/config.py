@@ -12,7 +12,8 @@ from typing import Any, Literal
 from sharded_spd.config import SPDConfig, load_config
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.lora import LoraOptions, anchored_at_zero
-from sharded_spd.integrations.finetune.strict import build, wrong
+from sharded_spd.integrations.finetune.strict import build, choice, wrong
+from sharded_spd.integrations.finetune.trackers import NAMES
 from sharded_spd.integrations.finetune.world import Device
 from sharded_spd.rules import make_rule
 from sharded_spd.strict_yaml import parse_yaml, read_yaml
@@ -170,7 +171,7 @@ class JobConfig:
     `checkpoint`: a directory, or a name of the hub. `load`: whether each rank reads its shards only; "auto"
     where the engine can. `metrics`: methods are compared by the first one; the task's usual one if empty.
     `classes`: names for a new head (the checkpoint's own head if empty). `spd`: an `SPDConfig` mapping whose
-    anchor is the checkpoint unless it says otherwise.
+    anchor is the checkpoint unless it says otherwise. `track`: where figures go beside metrics.jsonl.
     """
 
     data: NamedBlock
@@ -195,6 +196,7 @@ class JobConfig:
     select: SelectConfig = SelectConfig()
     save: Literal["all", "first-seed", "none"] = "all"
     checkpointing: CheckpointConfig = CheckpointConfig()
+    track: tuple[str, ...] = ("jsonl",)
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.pretrain is None):
@@ -206,6 +208,9 @@ class JobConfig:
                 raise wrong(name, "1 or more", getattr(self, name))
         if self.lora is not None and self.pretrain is not None:
             raise ConfigError("lora: needs a checkpoint that is there; it cannot go with `pretrain`")
+        for name in self.track:
+            if name not in NAMES:
+                raise choice("track", name, NAMES)
         if not self.compare:
             object.__setattr__(self, "compare", (str(self.spd.get("rule", "spd")),))
         for name in ("seeds", "compare"):

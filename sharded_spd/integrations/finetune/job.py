@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +16,10 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
 from sharded_spd.integrations.finetune.config import PLAIN, JobConfig
 from sharded_spd.integrations.finetune.engines import ENGINES, check_engine
+from sharded_spd.integrations.finetune.machine import describe_machine, peak_memory
 from sharded_spd.integrations.finetune.methods import Method
 from sharded_spd.integrations.finetune.metrics import make_metrics
+from sharded_spd.integrations.finetune.page import write_report
 from sharded_spd.integrations.finetune.plot import draw
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint, make_checkpoint
 from sharded_spd.integrations.finetune.progress import Display
@@ -23,6 +28,8 @@ from sharded_spd.integrations.finetune.report import compared, print_summary, wr
 from sharded_spd.integrations.finetune.resume import Progress, find_run
 from sharded_spd.integrations.finetune.select import choose_strength
 from sharded_spd.integrations.finetune.tasks import make_task
+from sharded_spd.integrations.finetune.trackers import check_trackers
+from sharded_spd.integrations.finetune.tracking import Tracking
 from sharded_spd.integrations.finetune.train import StepReport, total_steps
 from sharded_spd.integrations.finetune.training import Trainer
 from sharded_spd.integrations.finetune.world import (
@@ -42,6 +49,7 @@ def check_job(config: JobConfig) -> None:
     """
     task = make_task(config, torch.device("cpu"))
     make_metrics(config.metrics, known=task.metrics)
+    check_trackers(config.track)
     options = check_engine(config.engine)
     if config.engine.name == "single" and config.ranks > 1:
         raise ConfigError(
@@ -96,10 +104,13 @@ class _Job:
         self.config, self.world, self.stop = config, world, stop
         self.task = make_task(config, world.device)
         self.metric = make_metrics(config.metrics or self.task.metrics[:1], known=self.task.metrics)[0]
+        # Imported before anything is written, and where that fails, on no rank does it go on.
+        world.agree(lambda: check_trackers(config.track, load=world.main))
         self.resumed = False
         self.directory = Path(self._agreed_directory(resume))
         self.progress = Progress(self.directory, world)
-        self.recorder = Recorder(self.directory if world.main else None)
+        tracking = Tracking(config.track, self.directory, asdict(config)) if world.main else None
+        self.recorder = Recorder(self.directory if world.main else None, tracking)
         self.display = Display(visible=world.main)
         self.results: list[TrainingResult] = []
         self.started = time.perf_counter()
@@ -126,9 +137,10 @@ class _Job:
         """Every stage in order; a stop in any of them keeps what is finished."""
         stopped, kept, can_go_on = False, None, False
         trainer: Trainer | None = None
-        with self.display as display:
+        with self.display as display, self._noted_warnings():
             try:
                 display.say(f"{'Going on in' if self.resumed else 'Writing to'} {self.directory}")
+                self._begin()
                 checkpoint = self._checkpoint()
                 trainer = Trainer(
                     self.config,
@@ -151,6 +163,34 @@ class _Job:
             return 0
         self.display.say(self._what_was_saved(kept, can_go_on=can_go_on))
         return self._stop_code()
+
+    def _begin(self) -> None:
+        """Write down what runs, and where."""
+        config, metric = self.config, self.metric
+        self.recorder.write(
+            "run",
+            engine=config.engine.name,
+            ranks=self.world.size,
+            checkpoint=config.checkpoint,
+            metric=metric.name,
+            percent=metric.percent,
+            **describe_machine(self.world.device),
+        )
+
+    @contextmanager
+    def _noted_warnings(self) -> Iterator[None]:
+        """Warnings are shown as ever, and stand in the record of the run too."""
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+            shown(message, category, *rest, **named)
+            self.recorder.write("warning", text=f"{category.__name__}: {message}")
+
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            warnings.showwarning = shown
 
     def _stop_code(self) -> int:
         """The exit code of a stopped job, the same on all ranks."""
@@ -244,8 +284,22 @@ class _Job:
             )
         if complete:
             self.progress.finish()
-        self.recorder.write("end", trainings=[asdict(r) | {"history": None} for r in self.results])
+        self.recorder.write(
+            "end",
+            complete=complete,
+            peak_memory=peak_memory(self.world.device),
+            trainings=[asdict(r) | {"history": None} for r in self.results],
+        )
         self.recorder.close()
+        if self.world.main:
+            self._report()
+
+    def _report(self) -> None:
+        """The report; a run whose report cannot be written is done all the same."""
+        try:
+            self.display.say(f"Report: {write_report(self.directory)}")
+        except Exception as error:  # nothing in it may cost a run its result
+            self.display.say(f"No report: {type(error).__name__}: {error}; sharded-spd report tries again")
 
     def _what_was_saved(self, where: Path | None, *, can_go_on: bool) -> str:
         saved = [f"metrics.jsonl and config.json in {self.directory}"]

@@ -1,8 +1,8 @@
-"""The picture of a job: in-distribution against out-of-distribution scores over training."""
+"""The pictures of a job: scores in and out of distribution, how far layers moved, how often pulled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,7 @@ _COLOURS = ("#d1495b", "#2e86ab", "#3b8c5a", "#8f5fbf", "#e09f3e", "#6b6b6b")
 
 def draw(columns: Sequence[Column], path: Path, *, metric: str, percent: bool) -> None:
     """Draw each method's way from the zero-shot point, and its scores by epoch, with standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, (plane, time) = pyplot.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
     unit = " (%)" if percent else ""
     start = columns[0].last(columns[0].runs[0])
@@ -84,3 +80,68 @@ def _by_epoch(axes: Any, column: Column, colour: str) -> None:
 
 def _bar(figure: Figure) -> float | None:
     return figure.error if figure.error == figure.error else None  # NaN: one seed
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plain_text(text: str) -> str:
+    """Without the dollar signs that matplotlib would read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def draw_rates(courses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """Draw the share of layers that were pulled, by step, one line per training."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8.5, 3.2), layout="constrained")
+    for index, (title, points) in enumerate(courses.items()):
+        steps, rates = [s for s, _ in points], [100 * r for _, r in points]
+        colour = _COLOURS[index % len(_COLOURS)]
+        marker = "o" if len(points) == 1 else None
+        axes.plot(steps, rates, marker=marker, linewidth=1.2, color=colour, label=plain_text(title))
+    axes.set_xlabel("step")
+    axes.set_ylabel("layers pulled (%)")
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_layers(moments: Mapping[int, Mapping[str, Mapping[str, float]]], path: Path, *, title: str) -> None:
+    """Draw |w - w0| / |w0| in % of each layer, the first layer of the model on top, by step."""
+    pyplot = _pyplot()
+    from matplotlib.colors import PowerNorm
+
+    names = list(dict.fromkeys(name for found in moments.values() for name in found))
+    steps = sorted(moments)
+    values = [[_percent(moments[step].get(name, {})) for step in steps] for name in names]
+    figure, axes = pyplot.subplots(
+        figsize=(9, min(14.0, 1.6 + 0.16 * max(8, len(names)))), layout="constrained"
+    )
+    # By the root: a few layers move far more than the rest.
+    colours = pyplot.get_cmap("viridis").with_extremes(bad="#e8ebee")
+    image = axes.imshow(
+        values, aspect="auto", interpolation="nearest", cmap=colours, norm=PowerNorm(0.5, vmin=0)
+    )
+    every = max(1, -(-len(names) // 80))
+    axes.set_yticks(range(0, len(names), every), [plain_text(n) for n in names[::every]], fontsize=6)
+    shown = range(0, len(steps), max(1, -(-len(steps) // 10)))
+    axes.set_xticks(list(shown), [str(steps[i]) for i in shown])
+    axes.set_xlabel("step")
+    axes.set_title(plain_text(title), fontsize=10)
+    figure.colorbar(image, ax=axes, label="distance from the start (%); grey: began at zero", shrink=0.8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _percent(layer: Mapping[str, float]) -> float:
+    found = layer.get("deviation_rel")
+    return float("nan") if found is None else 100 * found

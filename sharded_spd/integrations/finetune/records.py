@@ -6,10 +6,14 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sharded_spd.integrations.finetune.tracking import Tracking
 
 ID = "test"
 """The name of the in-distribution test set among the scores."""
@@ -103,19 +107,35 @@ def plain_json(value: Any, *, indent: int | None = None) -> str:
 class Recorder:
     """Writes `metrics.jsonl` line by line; without a directory, as on all ranks but the main one, nothing."""
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, tracking: Tracking | None = None) -> None:
         self._began = time.perf_counter()
+        self._tracking = tracking
         self._file = None if directory is None else open(directory / "metrics.jsonl", "a", encoding="utf-8")
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line, flushed, so that a run that dies leaves what it knew."""
         if self._file is not None:
             seconds = round(time.perf_counter() - self._began, 3)
-            self._file.write(plain_json({"event": event, "seconds": seconds, **fields}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(plain_json({"event": event, "seconds": seconds, **fields}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self._give_up(error)
+        if self._tracking is not None:
+            self._tracking.record(event, fields)
+
+    def _give_up(self, error: OSError) -> None:
+        """Without a place for its lines a training still goes on."""
+        file, self._file = self._file, None
+        with suppress(OSError):
+            if file is not None:
+                file.close()
+        warnings.warn(f"metrics.jsonl gets no more lines: {error.strerror}", stacklevel=3)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the trackers."""
+        if self._tracking is not None:
+            self._tracking.close()
         if self._file is not None:
             self._file.close()
 

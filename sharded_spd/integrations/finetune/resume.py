@@ -24,7 +24,9 @@ from sharded_spd.projector import Projector
 AUTO = "auto"
 """For `--resume`: the newest run of this job that is not finished, or a new one."""
 
-_FREE = frozenset({"engine", "ranks", "device", "output_dir", "eval_batch_size", "save", "checkpointing"})
+_FREE = frozenset(
+    {"engine", "ranks", "device", "output_dir", "eval_batch_size", "save", "checkpointing", "track"}
+)
 """What may differ from the run that is resumed: none of it changes what is trained."""
 
 _PROGRESS = "progress.json"

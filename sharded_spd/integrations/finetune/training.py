@@ -28,6 +28,9 @@ from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
 from sharded_spd.integrations.finetune.world import StopRequest, World
 
+LAYER_MOMENTS = 40
+"""How often in a training the figures of each layer are written."""
+
 
 class _Live:
     """A model in training: its engine, its optimizer, and how far it has moved from its start."""
@@ -45,6 +48,8 @@ class _Live:
         )
         self._start = self.engine.local_copy() if self.projector is None else {}
         self.rates: list[float] = []
+        self.layers: dict[str, dict[str, float]] = {}
+        self._order = {name: i for i, (name, _) in enumerate(self.engine.named_model.named_parameters())}
         self.keeper: Keeper | None = None
         if self.engine.resumable:
             name = f"{purpose}-{method.name}-{method.weight_decay}-seed{seed}"
@@ -73,11 +78,25 @@ class _Live:
         if self.projector is None or not (self.engine.world.main or self.engine.shares_layers):
             return None, None
         metrics = self.projector.metrics()
+        self.layers = metrics["layers"]
         rate, deviation = float(metrics["activation_rate"]), metrics.get("deviation_rel")
         if self.engine.shares_layers:
             rate, deviation = self._over_ranks(metrics)
         self.rates.append(rate)
         return rate, deviation
+
+    def layer_figures(self) -> dict[str, dict[str, float]]:
+        """Deviation and pull of each layer in the last step, layers in the model's order.
+
+        Collective where ranks project different layers.
+        """
+        found = self.layers
+        if self.projector is not None and self.engine.shares_layers:
+            found = {name: own for part in self.engine.world.gather(found) for name, own in part.items()}
+        last = len(self._order)
+        names = sorted(found, key=lambda name: self._order.get(name, last))
+        kept = ("deviation", "deviation_rel", "s")
+        return {name: {k: found[name][k] for k in kept if k in found[name]} for name in names}
 
     def _over_ranks(self, metrics: dict[str, Any]) -> tuple[float, float | None]:
         away, share = metrics.get("deviation", 0.0), metrics.get("deviation_rel", 0.0)
@@ -227,6 +246,11 @@ class Trainer:
             rate, deviation = live.step_figures()
             self.display.advance(report, steps=report.step - done, activation_rate=rate, deviation=deviation)
             self.recorder.write("step", **tags, **asdict(report), activation_rate=rate, deviation=deviation)
+            # About LAYER_MOMENTS times in a training: every step's would be most of the file.
+            if report.step * LAYER_MOMENTS // report.steps > done * LAYER_MOMENTS // report.steps:
+                layers = live.layer_figures()
+                if layers:
+                    self.recorder.write("layers", **tags, step=report.step, epoch=report.epoch, layers=layers)
             done = report.step
             if speeds is not None:
                 speeds.append(report.samples_per_second)
