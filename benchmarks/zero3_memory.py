@@ -132,6 +132,10 @@ def run_rank(rank: int, world: int, port: int, directory: str, anchor: str, out:
         "activation_rates": rates,
     }
     Path(out, f"{anchor}-{rank}.json").write_text(json.dumps(measured))
+    torch.distributed.barrier()
+    # gloo's threads now and then abort an interpreter that takes itself down.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def free_port() -> int:
