@@ -4,7 +4,7 @@ Ranks are forked from one server that has imported torch already, so that a laun
 task that fails or hangs ends its launch; the tasks after it run in a fresh one, so that each names itself.
 
 A rank that a signal has ended (not one that failed, hangs or exits) gets one more launch, from its task on,
-with a warning. Once in some hundred launches a rank was found with a damaged heap in one of torch's all-gathers;
+with a warning. Once in some hundred launches a rank was found with a damaged heap in one of torch's gathers;
 neither valgrind over the same tasks nor the kernels under sanitizers (`test_kernels_sanitized`) show a cause.
 What dies twice, or a second task of the launch, fails.
 """

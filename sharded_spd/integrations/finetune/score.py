@@ -43,6 +43,8 @@ class Scorer:
         )
         self._world = World(rank=0, size=1, device=self._device)
         self._splits: Splits | None = None
+        self.sizes: dict[str, int] = {}
+        """The number of examples of each set, once something was scored."""
         task = make_task(self._job, self._device)
         self.metrics = make_metrics(job.metrics or task.metrics[:1], known=task.metrics)
 
@@ -60,6 +62,7 @@ class Scorer:
         sets: dict[str, ExampleSet] = {ID: splits.test, **splits.ood}
         if splits.validation is not None:
             sets[VALIDATION] = splits.validation
+        self.sizes = {name: len(data) for name, data in sets.items()}
         loaded = task.load(checkpoint, seed=job.seeds[0], empty=False)
         engine = engine_factory(job.engine, world, job.train)(loaded.model, None)
         found: Found = evaluate(engine, task, sets, metrics=self.metrics, batch_size=job.eval_batch_size)

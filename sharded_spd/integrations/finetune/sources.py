@@ -114,7 +114,9 @@ def _digits(options: DigitsOptions, spec: ImageSpec, seed: int) -> Splits:
         ood["other classes"] = every.subset(test[~wanted[test]])
         pool, validation, test = pool[wanted[pool]], validation[wanted[validation]], test[wanted[test]]
         if options.train > len(pool):
-            raise ConfigError(f"train: {options.train} images cannot be drawn from {len(pool)} of data.classes")
+            raise ConfigError(
+                f"train: {options.train} images cannot be drawn from {len(pool)} of data.classes"
+            )
     tested = every.subset(test)
     if not ood:
         corruptions = seven_corruptions(seed=options.corruption_seed)
