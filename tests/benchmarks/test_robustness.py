@@ -50,7 +50,7 @@ def test_every_candidate_is_a_job(name: str) -> None:
 
 def test_documentation_and_code() -> None:
     source = (
-        '"""Of the module."""\nimport os\n\n\ndef f(x):\n    """Of f:\n\n    more."""\n    return "text", x\n'
+        '"""Of the module."""\nimport os\n\n\ndef f(x):\n    """Of f:\n\n    more."""\n    return "x", x\n'
     )
     docs, code = language.split(source)
     assert docs == "Of the module.\n\nOf f:\n\nmore."
