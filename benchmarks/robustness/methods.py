@@ -23,23 +23,26 @@ def _strengths(*values: float) -> tuple[tuple[str, ...], ...]:
 
 
 ADAMW = "AdamW"
+LR_TIMES = "train.lr*="
+"""Begins a candidate that is a factor of the setting's own learning rate."""
 WISE = "WiSE-FT"
 ALPHAS = (0.8, 0.6, 0.4, 0.2)
 """What WiSE-FT is tuned by: shares of the fine-tuned weights, in AdamW's own checkpoints."""
 
 METHODS = (
-    Method(ADAMW, "adamw", tuple((f"train.adamw_weight_decay={v:g}",) for v in (0, 0.01, 0.1, 1))),
+    Method(ADAMW, "adamw", tuple((f"{LR_TIMES}{v:g}",) for v in (1, 0.5, 0.25, 0.125))),
     Method("LP-FT", "adamw", tuple((f"head_first.epochs={v}",) for v in (2, 5, 10, 20))),
-    Method("L2-SP", "l2sp", _strengths(1, 3, 10, 30)),
-    Method("SPD", "spd", _strengths(2, 4, 8, 16), ("spd.max_pull=1.0",)),
-    Method("MAPS", "maps", _strengths(2, 4, 8, 16), ("spd.max_pull=1.0",)),
+    Method("L2-SP", "l2sp", _strengths(3, 10, 30, 100)),
+    Method("SPD", "spd", _strengths(2, 8, 32, 128), ("spd.max_pull=1.0",)),
+    Method("MAPS", "maps", _strengths(2, 8, 32, 128), ("spd.max_pull=1.0",)),
     Method("FTP", "ftp", tuple((f"spd.rule_options.k={v:g}",) for v in (1, 0.3, 0.1, 0))),
-    Method("DiGraP", "digrap", tuple((f"spd.rule_options.mu={v:g}",) for v in (0.001, 0.01, 0.1, 1))),
-    Method("CWD", "cwd", _strengths(1, 3, 10, 30)),
+    Method("DiGraP", "digrap", tuple((f"spd.rule_options.mu={v:g}",) for v in (0.01, 0.1, 1, 10))),
+    Method("CWD", "cwd", _strengths(3, 10, 30, 100)),
 )
 """All but WiSE-FT, which needs no training of its own.
 
-LP-FT's head is trained with ten times the learning rate (`settings.py`).
+AdamW is tuned by its learning rate, for a smaller one stays closer to the start too. LP-FT's head is trained
+with ten times the learning rate (`settings.py`).
 """
 
 

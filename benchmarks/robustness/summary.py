@@ -82,9 +82,12 @@ def _ood(scores: Mapping[str, float]) -> list[float]:
 
 def _chosen(method: str, candidate: int) -> str:
     if method == WISE:
-        return f"alpha={ALPHAS[candidate]:g}"
+        return f"alpha {ALPHAS[candidate]:g}"
     (setting,) = by_name(method).candidates[candidate]
-    return setting.rpartition("spd.")[2].removeprefix("train.").removeprefix("rule_options.")
+    text = setting.rpartition("spd.")[2].removeprefix("train.").removeprefix("rule_options.")
+    for name, short in (("lr*=", "lr x "), ("weight_decay=", "λ "), ("head_first.", "head ")):
+        text = text.replace(name, short)
+    return text.replace("=", " ")
 
 
 def _figure(values: Sequence[float]) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.robustness import language
-from benchmarks.robustness.methods import ADAMW, ALPHAS, WISE, by_name
+from benchmarks.robustness.methods import ADAMW, ALPHAS, LR_TIMES, WISE, by_name
 from benchmarks.robustness.settings import Setting
 from sharded_spd.anchors import interpolate
 from sharded_spd.anchors.reader import read_piece
@@ -102,7 +102,7 @@ def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dic
         settings.append(f"spd.rule={method.rule}")
     if method.name == "LP-FT":
         settings += [f"head_first.lr={setting.head_lr:g}", "head_first.batch_size=40"]
-    job = load_job(setting.recipe, [*settings, *method.candidates[task.candidate]])
+    job = load_job(setting.recipe, [*settings, *_settled(setting, method.candidates[task.candidate])])
     here = folder / task.folder
     here.mkdir(parents=True, exist_ok=True)
     start = check_checkpoint(job.checkpoint or "", job.revision)
@@ -127,6 +127,16 @@ def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dic
     if task.method != ADAMW:
         shutil.rmtree(here)
     return found
+
+
+def _settled(setting: Setting, candidate: Sequence[str]) -> list[str]:
+    """The candidate's settings, in which a factor of the learning rate has become one."""
+    lr = load_job(setting.recipe, setting.overrides).train.lr
+    factors = [text.removeprefix(LR_TIMES) if text.startswith(LR_TIMES) else None for text in candidate]
+    return [
+        text if factor is None else f"train.lr={lr * float(factor):g}"
+        for text, factor in zip(candidate, factors, strict=True)
+    ]
 
 
 def _trainer(job: JobConfig, start: Path, here: Path) -> Trainer:

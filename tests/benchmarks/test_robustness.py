@@ -18,6 +18,7 @@ from benchmarks.robustness.choose import Tuned, choose
 from benchmarks.robustness.methods import METHODS, WISE
 from benchmarks.robustness.settings import SETTINGS
 from benchmarks.robustness.summary import summarise
+from benchmarks.robustness.training import _settled
 from sharded_spd.integrations.finetune.config import load_job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,10 +43,12 @@ def test_every_candidate_is_a_job(name: str) -> None:
         assert len(method.candidates) == 4
         for candidate in method.candidates:
             rule = [] if method.rule == "adamw" else [f"spd.rule={method.rule}"]
-            own = [f"compare=[{method.rule}]", *method.settings, *rule, *candidate]
+            own = [f"compare=[{method.rule}]", *method.settings, *rule, *_settled(setting, candidate)]
             job = load_job(setting.recipe, [*setting.overrides, *own])
             assert job.compare == (method.rule,)
             assert job.seeds == (0,)
+    usual = load_job(setting.recipe, setting.overrides).train.lr
+    assert _settled(setting, METHODS[0].candidates[3]) == [f"train.lr={usual / 8:g}"]
 
 
 def test_documentation_and_code() -> None:
@@ -96,10 +99,10 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert spd["ood"] == [75, pytest.approx(0)]
     assert spd["worst"] == [70, pytest.approx(0)]
     assert spd["deviation"] == [pytest.approx(15), pytest.approx(5)]
-    assert spd["chosen"] == "weight_decay=4"
+    assert spd["chosen"] == "λ 8"
     assert found[1]["rate"] == [None, None]
     assert found[0]["worst"][0] == 20
-    assert "| SPD | weight_decay=4 | 92.0 ± 2.0 | 75.0 ± 0.0 |" in capsys.readouterr().out
+    assert "| SPD | λ 8 | 92.0 ± 2.0 | 75.0 ± 0.0 |" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {
         "summary.json",
         "table.md",
