@@ -19,7 +19,7 @@ from sharded_spd.integrations.finetune.evaluate import evaluate
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
 from sharded_spd.integrations.finetune.loading import Kind, Weights
 from sharded_spd.integrations.finetune.methods import Method, set_up
-from sharded_spd.integrations.finetune.metrics import make_metrics
+from sharded_spd.integrations.finetune.metrics import Accuracy, make_metrics
 from sharded_spd.integrations.finetune.progress import Display
 from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
 from sharded_spd.integrations.finetune.resume import Keeper, Progress
@@ -157,9 +157,11 @@ class Trainer:
             if live.keeper is not None and live.keeper.kept:
                 return []
             found = self._zero_shot[seed] = self._evaluate(live.engine, seed, step=0, epoch=0.0)
-            self.recorder.write("zero-shot", seed=seed, scores=found.scores, metrics=found.metrics)
+            known = {name: value for name, value in asdict(found).items() if name not in ("step", "epoch")}
+            self.recorder.write("zero-shot", seed=seed, **known)
+            every = {**found.scores, **{f"retained: {name}": kept for name, kept in found.retained.items()}}
             self.display.say(
-                "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in found.scores.items())
+                "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in every.items())
             )
         return [self._zero_shot[seed]]
 
@@ -174,7 +176,11 @@ class Trainer:
         )
         first = self.metrics[0].name
         scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
-        return Evaluation(step, epoch, scores, found)
+        if not splits.retained:
+            return Evaluation(step, epoch, scores, found)
+        kept = evaluate(engine, self.task, splits.retained, metrics=[Accuracy()], batch_size=1)
+        retained = {name: values[Accuracy.name] for name, values in kept.items()}
+        return Evaluation(step, epoch, scores, found, retained)
 
     def validate(self, method: Method, seed: int, validation: ExampleSet) -> float:
         """Train, then score the validation set, unless that is done; the test sets are not touched."""
