@@ -113,8 +113,7 @@ def _documented(package: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> I
 class _WithoutDocstrings(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> ast.AST:
         """The node, without the string that its body begins with."""
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            documented = ast.get_docstring(node) is not None
+            node.body = (node.body[1:] if documented else node.body) or [ast.Pass()]
         return self.generic_visit(node)
