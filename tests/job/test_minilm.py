@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
 from sharded_spd.integrations.finetune.docstring_source import DocstringOptions, deal, pairs
 from tests.job.commands import ROOT, finished, metrics, results
 from tests.job.models import save_bert
-from tests.job.test_causal_lm import in_this_process
+from tests.job.test_causal_lm import engine_setting, in_this_process
 
 RECIPE = ROOT / "configs" / "recipes" / "minilm.yaml"
 SIZES = {"train": 24, "validation": 16, "test": 50, "pool": 20}
@@ -93,19 +94,43 @@ def test_recipe_describes_its_anchor(bert: Path, tmp_path: Path, capsys: pytest.
     assert "2 of 8 examples" in text
 
 
+def test_nothing_but_the_head_moves_at_first(bert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = [*SHORT, f"checkpoint={bert}", f"output_dir={out}", "save=all"]
+    alone = ["train.max_steps=3", "train.head_first=0.99", "train.head_lr=1e-2", "data.pool=0"]
+    in_this_process(RECIPE, *settings, *alone)
+    before = load_file(bert / "model.safetensors")
+    for trained in results(out)["trainings"]:
+        after = load_file(Path(trained["checkpoint"]) / "model.safetensors")
+        assert {name.removeprefix("bert.") for name in after} == {
+            *before,
+            "classifier.weight",
+            "classifier.bias",
+        }
+        for name, values in before.items():
+            assert torch.equal(after[f"bert.{name}"], values), name
+        assert after["classifier.bias"].abs().min() > 0  # which is made as zeros
+
+
 @pytest.mark.slow
-def test_two_ranks_retain_the_same(bert: Path, tmp_path: Path) -> None:
+def test_every_engine_retains_the_same(bert: Path, tmp_path: Path) -> None:
     found: dict[str, Any] = {}
-    for name, settings in {"one": [], "two": ["engine=fsdp2", "ranks=2"]}.items():
+    engines = {
+        "one": [],
+        "fsdp2": ["engine=fsdp2", "ranks=2"],
+        "fsdp1": ["engine=fsdp1", "ranks=2"],
+        "zero2": [engine_setting("zero2"), "ranks=2"],
+        "zero3": [engine_setting("zero3"), "ranks=2"],
+    }
+    for name, settings in engines.items():
         out = tmp_path / name
-        finished(
-            str(RECIPE), *SHORT, f"checkpoint={bert}", "train.lr=1e-2", f"output_dir={out}", *settings,
-            cache=tmp_path,
-        )  # fmt: skip
+        moving = [f"checkpoint={bert}", "train.lr=1e-2", "train.max_steps=6", f"output_dir={out}"]
+        finished(str(RECIPE), *SHORT, *moving, *settings, cache=tmp_path)
         found[name] = [t["history"][-1] for t in results(out)["trainings"]]
-    for one, two in zip(found["one"], found["two"], strict=True):
-        assert one["retained"] == two["retained"]
-        assert one["scores"] == two["scores"]
+    for name in engines:
+        for one, other in zip(found["one"], found[name], strict=True):
+            assert one["retained"] == other["retained"], name
+            assert one["scores"] == other["scores"], name
 
 
 @pytest.mark.slow

@@ -37,18 +37,23 @@ class Method:
 def make_optimizer(
     engine: Engine, config: TrainConfig, *, weight_decay: float, new_head: Collection[str] = ()
 ) -> torch.optim.Optimizer:
-    """Torch's fused AdamW over every parameter that is trained; those of `new_head` may have their own lr.
+    """Torch's fused AdamW over every parameter that is trained.
+
+    Those of `new_head` are the last group where the job treats them apart.
 
     Raises:
-        ConfigError: `head_lr` without a new head, or under an engine that has it in one tensor with others.
+        ConfigError: it does, but there is no new head, or the engine has it in one tensor with others.
     """
     every = [(name, p) for name, p in engine.named_model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": every}]
-    if config.head_lr is not None:
+    if config.own_head:
         head = [(name, p) for name, p in every if clean_fqn(name) in new_head]
         _check_head(head, new_head)
         rest = [(name, p) for name, p in every if clean_fqn(name) not in new_head]
-        groups = [{"params": rest}, {"params": head, "lr": config.head_lr}]
+        groups = [
+            {"params": rest},
+            {"params": head, "lr": config.lr if config.head_lr is None else config.head_lr},
+        ]
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -62,12 +67,13 @@ def make_optimizer(
 def _check_head(found: Collection[Any], new_head: Collection[str]) -> None:
     if not new_head:
         raise ConfigError(
-            "train.head_lr: there is no new head: the checkpoint has all of the model's tensors; leave it out"
+            "train.head_lr, train.head_first: no new head: the checkpoint has all of the model's "
+            "tensors; leave them out"
         )
     if len(found) < len(new_head):
         raise ConfigError(
-            f"train.head_lr: this engine has {', '.join(sorted(new_head))} in one tensor with other layers; "
-            "leave it out, or take another engine (fsdp2, or fsdp1 with use_orig_params: true)"
+            f"train.head_lr, train.head_first: this engine has {', '.join(sorted(new_head))} in one "
+            "tensor with other layers; leave them out, or take fsdp2, or fsdp1 with use_orig_params: true"
         )
 
 
