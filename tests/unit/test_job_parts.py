@@ -127,10 +127,21 @@ def test_a_new_head_goes_first() -> None:
     assert head == pytest.approx([0.1, 0.1, *(0.1 * f for f in share)])
     with pytest.raises(ConfigError, match="no new head: the checkpoint has all"):
         make_optimizer(engine, train, weight_decay=0.0)
-    with pytest.raises(
-        ConfigError, match=r"this engine has head\.other, head\.weight in one tensor with"
-    ):
+    with pytest.raises(ConfigError, match=r"this engine has head\.other, head\.weight in one tensor with"):
         make_optimizer(engine, train, weight_decay=0.0, new_head=["head.weight", "head.other"])
+
+
+@pytest.mark.parametrize("warmup", [0.05, 0.25, 0.33])
+def test_a_warmup_that_ends_between_two_steps_stays_below_the_learning_rate(warmup: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = _schedule(optimizer, TrainConfig(warmup=warmup), 10)
+    seen = []
+    for _ in range(10):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == sorted(seen)
+    assert seen[-1] == max(seen) == 1.0
 
 
 def test_largest_strength_within_one_standard_error_of_the_best() -> None:

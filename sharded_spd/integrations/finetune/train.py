@@ -73,7 +73,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
         if step < 0:
             return 0.0
         if step < warmup:
-            return (step + 1) / warmup
+            return min(1.0, (step + 1) / warmup)
         done = (step - warmup) / max(1.0, steps - alone - warmup)
         if config.schedule == "constant":
             return 1.0
