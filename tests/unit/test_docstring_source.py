@@ -92,6 +92,13 @@ def test_no_function_or_text_stands_in_two_sets(dealt: Dealt) -> None:
     assert all({f.package for f in s} == {"http", "logging"} for s in sets)
 
 
+def test_dealt_again_it_is_the_same(dealt: Dealt) -> None:
+    assert deal(SMALL) == dealt
+    assert shifted(SMALL, dealt.test) == shifted(SMALL, dealt.test)
+    assert deal(DocstringOptions(**{**vars(SMALL), "split_seed": 1})) != dealt
+
+
+@pytest.mark.slow
 def test_another_process_deals_the_same(dealt: Dealt) -> None:
     code = """
 from sharded_spd.integrations.finetune.docstrings import read_functions, shuffled
@@ -105,7 +112,6 @@ for f in shuffled(read_functions(["http", "logging"], min_words=4), seed=0)[:50]
     )
     here = zip(dealt.test, shifted(SMALL, dealt.test)["typing errors"], strict=True)
     assert done.stdout.splitlines() == [repr(pair) for pair in here], done.stderr[-2000:]
-    assert deal(DocstringOptions(**{**vars(SMALL), "split_seed": 1})) != dealt
 
 
 def test_shifted_sets_are_of_the_same_functions(dealt: Dealt) -> None:
