@@ -20,9 +20,8 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor, names_in_checkpoint
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, NamedBlock, TrainConfig
 from sharded_spd.integrations.finetune.corruptions import broad_augmentation, seven_corruptions
-from sharded_spd.integrations.finetune.engines import Single
 from sharded_spd.integrations.finetune.examples import share_of_batch
-from sharded_spd.integrations.finetune.methods import _with_anchor, make_optimizer
+from sharded_spd.integrations.finetune.methods import _with_anchor
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint
 from sharded_spd.integrations.finetune.records import Figure, new_directory
 from sharded_spd.integrations.finetune.resume import Progress
@@ -99,36 +98,6 @@ def test_steps_and_evaluations() -> None:
     assert evaluation_steps(2, 5) == {1, 2}
     assert total_steps(200, TrainConfig(epochs=3, batch_size=32, max_steps=5)) == 5
     assert evaluation_steps(21, 3, every=10) == {10, 20, 21}
-
-
-def test_a_new_head_goes_first() -> None:
-    """Nothing else has a learning rate in the first fifth; then both warm up and fall together."""
-    train = TrainConfig(lr=1e-3, head_lr=1e-1, head_first=0.2, schedule="linear", warmup=0.25)
-    engine = Single(
-        torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 1)}),
-        None,
-        World(rank=0, size=1, device=torch.device("cpu")),
-        train,
-    )
-    optimizer = make_optimizer(engine, train, weight_decay=0.0, new_head=["head.weight", "head.bias"])
-    assert [group["param_names"] for group in optimizer.param_groups] == [
-        ["body.weight", "body.bias"],
-        ["head.weight", "head.bias"],
-    ]
-    schedule = _schedule(optimizer, train, 10)
-    seen = []
-    for _ in range(10):
-        seen.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        schedule.step()
-    body, head = zip(*seen, strict=True)
-    share = [0.5, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
-    assert body == pytest.approx([0, 0, *(1e-3 * f for f in share)])
-    assert head == pytest.approx([0.1, 0.1, *(0.1 * f for f in share)])
-    with pytest.raises(ConfigError, match="no new head: the checkpoint has all"):
-        make_optimizer(engine, train, weight_decay=0.0)
-    with pytest.raises(ConfigError, match=r"this engine has head\.other, head\.weight in one tensor with"):
-        make_optimizer(engine, train, weight_decay=0.0, new_head=["head.weight", "head.other"])
 
 
 @pytest.mark.parametrize("warmup", [0.05, 0.25, 0.33])

@@ -77,10 +77,8 @@ class TrainConfig:
     """How long and how fast. `batch_size` counts all ranks and all `gradient_accumulation` parts of a step.
 
     `max_steps` ends the training earlier than `epochs`. `evaluate_every` steps, or else `evaluations` visits
-    to the test sets, evenly. `head_lr`: of a new head, that is of what the checkpoint lacks; `lr` if null.
-    `head_first`: the share of all steps, the first ones, in which nothing but the new head moves.
-    `precision` is that of forward and backward; the weights stay float32 except under DeepSpeed, which keeps
-    float32 masters. `adamw_weight_decay` is that of plain AdamW.
+    to the test sets, evenly. `precision` is that of forward and backward; the weights stay float32 except
+    under DeepSpeed, which keeps float32 masters. `adamw_weight_decay` is that of plain AdamW.
     """
 
     epochs: int = 10
@@ -88,8 +86,6 @@ class TrainConfig:
     batch_size: int = 32
     gradient_accumulation: int = 1
     lr: float = 1e-4
-    head_lr: float | None = None
-    head_first: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     adamw_weight_decay: float = 0.01
@@ -104,11 +100,6 @@ class TrainConfig:
     early_stopping: StoppingConfig | None = None
     log_every: int = 1
 
-    @property
-    def own_head(self) -> bool:
-        """Whether the new head is a parameter group of its own, the last one."""
-        return self.head_lr is not None or self.head_first > 0
-
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "evaluations", "log_every"):
             if getattr(self, name) < 1:
@@ -116,14 +107,13 @@ class TrainConfig:
         for name in ("max_steps", "evaluate_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise wrong(name, "1 or more, or null", getattr(self, name))
-        for name in ("lr", "head_lr", "eps", "adamw_weight_decay"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+        for name in ("lr", "eps", "adamw_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise wrong(name, "a finite number, 0 or more", getattr(self, name))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise wrong("betas", "two numbers in [0, 1)", self.betas)
-        for name in ("warmup", "head_first"):
-            if not 0 <= getattr(self, name) < 1:
-                raise wrong(name, "a share of all steps in [0, 1)", getattr(self, name))
+        if not 0 <= self.warmup < 1:
+            raise wrong("warmup", "a share of all steps in [0, 1)", self.warmup)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise wrong("max_grad_norm", "a positive number or null", self.max_grad_norm)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,11 +12,9 @@ from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.mapped import MappedAnchor
 from sharded_spd.api import attach
 from sharded_spd.config import AnchorConfig, SPDConfig
-from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, PLAIN, JobConfig, TrainConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
-from sharded_spd.names import clean_fqn
 from sharded_spd.projector import Projector
 
 
@@ -34,28 +31,10 @@ class Method:
         return self.name if self.weight_decay is None else f"{self.name} (λ {self.weight_decay:g})"
 
 
-def make_optimizer(
-    engine: Engine, config: TrainConfig, *, weight_decay: float, new_head: Collection[str] = ()
-) -> torch.optim.Optimizer:
-    """Torch's fused AdamW over every parameter that is trained.
-
-    Those of `new_head` are the last group where the job treats them apart.
-
-    Raises:
-        ConfigError: it does, but there is no new head, or the engine has it in one tensor with others.
-    """
-    every = [(name, p) for name, p in engine.named_model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": every}]
-    if config.own_head:
-        head = [(name, p) for name, p in every if clean_fqn(name) in new_head]
-        _check_head(head, new_head)
-        rest = [(name, p) for name, p in every if clean_fqn(name) not in new_head]
-        groups = [
-            {"params": rest},
-            {"params": head, "lr": config.lr if config.head_lr is None else config.head_lr},
-        ]
+def make_optimizer(engine: Engine, config: TrainConfig, *, weight_decay: float) -> torch.optim.Optimizer:
+    """Torch's fused AdamW over every parameter that is trained."""
     return torch.optim.AdamW(
-        groups,
+        [(name, p) for name, p in engine.named_model.named_parameters() if p.requires_grad],
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
@@ -64,36 +43,16 @@ def make_optimizer(
     )
 
 
-def _check_head(found: Collection[Any], new_head: Collection[str]) -> None:
-    if not new_head:
-        raise ConfigError(
-            "train.head_lr, train.head_first: no new head: the checkpoint has all of the model's "
-            "tensors; leave them out"
-        )
-    if len(found) < len(new_head):
-        raise ConfigError(
-            f"train.head_lr, train.head_first: this engine has {', '.join(sorted(new_head))} in one "
-            "tensor with other layers; leave them out, or take fsdp2, or fsdp1 with use_orig_params: true"
-        )
-
-
 def set_up(
-    method: Method,
-    engine: Engine,
-    config: JobConfig,
-    *,
-    checkpoint: Path,
-    names: Mapping[str, str],
-    new_head: Collection[str] = (),
+    method: Method, engine: Engine, config: JobConfig, *, checkpoint: Path, names: Mapping[str, str]
 ) -> tuple[torch.optim.Optimizer, Projector | None]:
     """The optimizer of `method`, with its rule attached unless it is plain AdamW. Collective.
 
     `names`: FQN to the stored name in `checkpoint`, the anchor unless the `spd` block says otherwise.
-    `new_head`: the FQNs of what it lacks.
     """
     plain = method.name == PLAIN
     decay = config.train.adamw_weight_decay if plain else 0.0
-    optimizer = make_optimizer(engine, config.train, weight_decay=decay, new_head=new_head)
+    optimizer = make_optimizer(engine, config.train, weight_decay=decay)
     target = engine.prepare(optimizer)
     if isinstance(target, torch.optim.Optimizer):
         optimizer = target

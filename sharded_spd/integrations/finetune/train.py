@@ -61,31 +61,17 @@ def evaluation_steps(steps: int, evaluations: int, every: int | None = None) -> 
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
-    """Warmup and schedule of all that is left after the steps of the head alone.
-
-    In those the other groups' lr is 0, which moves nothing and pulls nothing: no engine has to freeze.
-    """
-    alone = round(config.head_first * steps)
-    warmup = config.warmup * (steps - alone)
+    warmup = config.warmup * steps
 
     def factor(step: int) -> float:
-        step -= alone
-        if step < 0:
-            return 0.0
         if step < warmup:
             return min(1.0, (step + 1) / warmup)
-        done = (step - warmup) / max(1.0, steps - alone - warmup)
+        done = (step - warmup) / max(1.0, steps - warmup)
         if config.schedule == "constant":
             return 1.0
         return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
-    def of_head(step: int) -> float:
-        return 1.0 if step < alone else factor(step)
-
-    factors: list[Callable[[int], float]] = [factor] * len(optimizer.param_groups)
-    if config.own_head:
-        factors[-1] = of_head
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def fit(

@@ -44,12 +44,7 @@ class _Live:
         weights = None if loaded.whole else Weights(loaded, trainer.checkpoint)
         self.engine: Engine = engine_factory(config.engine, world, config.train)(loaded.model, weights)
         self.optimizer, self.projector = set_up(
-            method,
-            self.engine,
-            config,
-            checkpoint=trainer.checkpoint,
-            names=loaded.names,
-            new_head=[name for name in loaded.added if ".lora_" not in name],
+            method, self.engine, config, checkpoint=trainer.checkpoint, names=loaded.names
         )
         self._start = self.engine.local_copy() if self.projector is None else {}
         self.rates: list[float] = []
