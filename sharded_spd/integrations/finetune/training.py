@@ -17,6 +17,7 @@ from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.engines import ENGINES, check_engine, engine_factory
 from sharded_spd.integrations.finetune.evaluate import evaluate
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
+from sharded_spd.integrations.finetune.head_first import read_head, train_head, with_head
 from sharded_spd.integrations.finetune.loading import Kind, Weights
 from sharded_spd.integrations.finetune.methods import Method, set_up
 from sharded_spd.integrations.finetune.metrics import Accuracy, make_metrics
@@ -36,15 +37,17 @@ class _Live:
     """A model in training: its engine, its optimizer, and how far it has moved from its start."""
 
     def __init__(self, trainer: Trainer, method: Method, seed: int, purpose: str) -> None:
-        torch.manual_seed(seed)
         config, world = trainer.config, trainer.world
         empty = loads_shards(config, world)
+        head = trainer.head(seed)
+        torch.manual_seed(seed)
         loaded = world.agree(lambda: trainer.task.load(trainer.checkpoint, seed=seed, empty=empty))
+        loaded = with_head(loaded, head)
         self.kind = Kind.of(loaded.model)
         weights = None if loaded.whole else Weights(loaded, trainer.checkpoint)
         self.engine: Engine = engine_factory(config.engine, world, config.train)(loaded.model, weights)
         self.optimizer, self.projector = set_up(
-            method, self.engine, config, checkpoint=trainer.checkpoint, names=loaded.names
+            method, self.engine, config, checkpoint=trainer.checkpoint, names=loaded.names, head=head
         )
         self._start = self.engine.local_copy() if self.projector is None else {}
         self.rates: list[float] = []
@@ -140,6 +143,8 @@ class Trainer:
         self._model_config = world.agree(lambda: task.model_config(checkpoint))
         self._seen: dict[int, Splits] = {}
         self._zero_shot: dict[int, Evaluation] = {}
+        # Before training, only a new or a trained head makes the scores depend on the seed.
+        self._one_start = not (task.new_head or config.head_first)
 
     def splits(self, seed: int) -> Splits:
         """The sets of the run with `seed`, read once. Collective."""
@@ -147,12 +152,36 @@ class Trainer:
             self._seen[seed] = self.world.agree(lambda: self.task.splits(self._model_config, seed=seed))
         return self._seen[seed]
 
+    def head(self, seed: int) -> dict[str, torch.Tensor]:
+        """The head that is trained before everything else, once for a seed; nothing without `head_first`.
+
+        Collective.
+        """
+        if self.config.head_first is None:
+            return {}
+        path = self.directory / "heads" / f"seed{seed}.safetensors"
+        if not self.world.share(path.is_file()):
+            self.display.begin(f"head, seed {seed}")
+            train_head(
+                self.config,
+                self.task,
+                self.checkpoint,
+                self.splits(seed).train,
+                seed=seed,
+                empty=loads_shards(self.config, self.world),
+                to=path,
+                world=self.world,
+                stop=self.stop,
+                on_step=lambda report: self.recorder.write("head", seed=seed, **asdict(report)),
+            )
+        return self.world.agree(lambda: read_head(path))
+
     def _start(self, live: _Live, seed: int) -> list[Evaluation]:
-        """The scores before training, found once: only a new head makes them depend on the seed.
+        """The scores before training, found once where they are the same for all seeds.
 
         Nothing where the training goes on from a checkpoint, which has them.
         """
-        seed = seed if self.task.new_head else self.config.seeds[0]
+        seed = self.config.seeds[0] if self._one_start else seed
         if seed not in self._zero_shot:
             if live.keeper is not None and live.keeper.kept:
                 return []
@@ -280,7 +309,7 @@ class Trainer:
             done = resumed.step
             if history is not None:
                 history[:] = [Evaluation(**entry) for entry in resumed.extra["history"]]
-                self._zero_shot.setdefault(seed if self.task.new_head else self.config.seeds[0], history[0])
+                self._zero_shot.setdefault(self.config.seeds[0] if self._one_start else seed, history[0])
             live.rates[:] = resumed.extra["rates"]
             if speeds is not None:
                 speeds.extend(resumed.extra["speeds"])
