@@ -15,12 +15,12 @@ from sharded_spd.checkpoint import Resumed
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.engines import ENGINES, check_engine, engine_factory
-from sharded_spd.integrations.finetune.evaluate import evaluate
+from sharded_spd.integrations.finetune.evaluate import evaluate, retained
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
 from sharded_spd.integrations.finetune.head_first import read_head, train_head, with_head
 from sharded_spd.integrations.finetune.loading import Kind, Weights
 from sharded_spd.integrations.finetune.methods import Method, set_up
-from sharded_spd.integrations.finetune.metrics import Accuracy, make_metrics
+from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.progress import Display
 from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
 from sharded_spd.integrations.finetune.resume import Keeper, Progress
@@ -205,11 +205,7 @@ class Trainer:
         )
         first = self.metrics[0].name
         scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
-        if not splits.retained:
-            return Evaluation(step, epoch, scores, found)
-        kept = evaluate(engine, self.task, splits.retained, metrics=[Accuracy()], batch_size=1)
-        retained = {name: values[Accuracy.name] for name, values in kept.items()}
-        return Evaluation(step, epoch, scores, found, retained)
+        return Evaluation(step, epoch, scores, found, retained(engine, self.task, splits.retained))
 
     def validate(self, method: Method, seed: int, validation: ExampleSet) -> float:
         """Train, then score the validation set, unless that is done; the test sets are not touched."""
