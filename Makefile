@@ -15,7 +15,7 @@ BUILD := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)-$(BUILD)
 JOB_STAMP := $(VENV)/.installed-job
 DEV_STAMP := $(VENV)/.installed-dev
-TRACK_STAMP := $(VENV)/.installed-trackers
+EXTRAS_STAMP := $(VENV)/.installed-extras
 OLD_STAMP := $(VENV)/deepspeed-$(OLD_DEEPSPEED)
 CONFIG ?= configs/recipes/quickstart.yaml
 PYTEST_ARGS ?=
@@ -31,7 +31,7 @@ quickstart: $(JOB_STAMP) ## set up and fine-tune on handwritten digits, AdamW be
 test: $(DEV_STAMP) ## set up and run the quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(DEV_STAMP) $(OLD_STAMP) $(TRACK_STAMP) ## set up and run every test, parity also on the other kernels, DeepSpeed also in its oldest version
+test-all: $(DEV_STAMP) $(OLD_STAMP) $(EXTRAS_STAMP) ## set up and run every test, parity also on the other kernels, DeepSpeed also in its oldest version
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	SHARDED_SPD_KERNELS=reference $(BIN)/python -m pytest tests/parity -m "not slow" $(PYTEST_ARGS)
 	SHARDED_SPD_KERNELS=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/parity/test_parity.py -k single-1-golden $(PYTEST_ARGS)
@@ -79,8 +79,8 @@ $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	$(PIP) install -qq -e ".[job,lora,deepspeed,fairscale,test,dev]" "torch==$(TORCH)" "deepspeed==$(DEEPSPEED)"
 	@touch $@ $(JOB_STAMP)
 
-$(TRACK_STAMP): $(DEV_STAMP)
-	$(PIP) install -qq -e ".[wandb,mlflow]" "torch==$(TORCH)"
+$(EXTRAS_STAMP): $(DEV_STAMP)
+	$(PIP) install -qq -e ".[wandb,mlflow,minilm]" "torch==$(TORCH)"
 	@touch $@
 
 $(OLD_STAMP): $(DEV_STAMP)

@@ -28,7 +28,7 @@ from sharded_spd.integrations.finetune.records import Figure, new_directory
 from sharded_spd.integrations.finetune.resume import Progress
 from sharded_spd.integrations.finetune.select import choose_strength
 from sharded_spd.integrations.finetune.sources import ImageSpec, load_splits
-from sharded_spd.integrations.finetune.train import evaluation_steps, total_steps
+from sharded_spd.integrations.finetune.train import _schedule, evaluation_steps, total_steps
 from sharded_spd.integrations.finetune.world import World
 from sharded_spd.layout import FlatRange, ShardSlice
 
@@ -134,6 +134,19 @@ def test_steps_and_evaluations() -> None:
     assert evaluation_steps(2, 5) == {1, 2}
     assert total_steps(200, TrainConfig(epochs=3, batch_size=32, max_steps=5)) == 5
     assert evaluation_steps(21, 3, every=10) == {10, 20, 21}
+
+
+@pytest.mark.parametrize("warmup", [0.05, 0.25, 0.33])
+def test_a_warmup_that_ends_between_two_steps_stays_below_the_learning_rate(warmup: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = _schedule(optimizer, TrainConfig(warmup=warmup), 10)
+    seen = []
+    for _ in range(10):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == sorted(seen)
+    assert seen[-1] == max(seen) == 1.0
 
 
 def test_largest_strength_within_one_standard_error_of_the_best() -> None:

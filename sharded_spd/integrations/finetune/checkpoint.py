@@ -19,6 +19,7 @@ from sharded_spd.anchors.base import Cast, Values, VouchedStore, is_on_disk
 from sharded_spd.anchors.memory import take_region
 from sharded_spd.checkpoint.export import Whole, at_hand, write_wholes
 from sharded_spd.errors import AnchorError, ConfigError
+from sharded_spd.integrations.finetune.packaged import PACKAGE, folder_of_package
 from sharded_spd.layout import ShardSlice
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -28,11 +29,15 @@ def check_checkpoint(source: str, revision: str | None = None) -> Path:
     """The directory of the checkpoint `source`, which is one in safetensors, or a name of the hub (org/name).
 
     A name is looked up in the hub's local cache, and fetched where it is not there and there is a network.
+    `package:NAME/FOLDER` is a folder of an installed Python package.
 
     Raises:
         ConfigError: there is none, or it lacks its configuration or its weights.
     """
-    directory = Path(source)
+    if source.startswith(PACKAGE):
+        directory = folder_of_package(source.removeprefix(PACKAGE))
+    else:
+        directory = Path(source)
     if not directory.is_dir() and _HUB_NAME.fullmatch(source) and not directory.exists():
         directory = _from_hub(source, revision)
     if not directory.is_dir():

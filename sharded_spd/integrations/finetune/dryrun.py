@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sharded_spd.errors import ConfigError
-from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
+from sharded_spd.integrations.finetune.checkpoint import check_checkpoint, weight_files
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, PLAIN, JobConfig
 from sharded_spd.integrations.finetune.engines import ENGINES, check_engine
 from sharded_spd.integrations.finetune.examples import global_batches
@@ -114,7 +114,7 @@ def _anchor(config: JobConfig, loaded: Loaded, directory: Path, split: Split) ->
     if not rules:
         return {"anchor": "none: plain AdamW only"}
     anchor = config.spd_config(rules[0]).anchor
-    source = str(directory) if anchor.source == FROM_CHECKPOINT else str(anchor.source)
+    source = _files(directory) if anchor.source == FROM_CHECKPOINT else str(anchor.source)
     size = {"bfloat16": 2, "float16": 2, "float32": 4}.get(anchor.dtype) or _stored_size(directory)
     held = sum(
         p.numel() * size
@@ -124,7 +124,15 @@ def _anchor(config: JobConfig, loaded: Loaded, directory: Path, split: Split) ->
     where = {"disk": "mapped from disk", "cpu": "in host memory"}.get(anchor.device, "beside the weights")
     held = 0 if anchor.device == "disk" or source == "zero" else math.ceil(held / split.optimizer)
     zero = "; added weights at zero" if config.lora is not None else ""
+    if loaded.added and config.lora is None:
+        zero = f"; not in it: {', '.join(loaded.added)}"
     return {"anchor": f"{source}{zero}", "anchor per rank": f"{_bytes(held)}, {where}"}
+
+
+def _files(directory: Path) -> str:
+    """What is read: the one file, or how many there are."""
+    files = weight_files(directory)
+    return f"the file {files[0]}" if len(files) == 1 else f"{len(files)} files of {directory}"
 
 
 def _stored_size(directory: Path) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.examples import ExampleSet
-from sharded_spd.integrations.finetune.metrics import IGNORED, Metric, Outcome, UserMetric
+from sharded_spd.integrations.finetune.metrics import IGNORED, Accuracy, Metric, Outcome, UserMetric
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.world import World
 
@@ -39,6 +39,14 @@ def evaluate(
     engine.after_evaluation()
     engine.model.train(was_training)
     return found
+
+
+def retained(engine: Engine, task: Task, sets: Mapping[str, ExampleSet]) -> dict[str, float]:
+    """The accuracy at each retained task, of which an example is a whole pool, in percent. Collective."""
+    if not sets:
+        return {}
+    found = evaluate(engine, task, sets, metrics=[Accuracy()], batch_size=1)
+    return {name: values[Accuracy.name] for name, values in found.items()}
 
 
 def _score(

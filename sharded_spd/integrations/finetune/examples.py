@@ -64,13 +64,17 @@ def is_stream(data: TrainSet) -> TypeIs[ExampleStream[Any]]:
 
 @dataclass(frozen=True)
 class Splits:
-    """The sets of a job. No example stands in two of them."""
+    """The sets of a job. No example stands in two of them.
+
+    `retained`: tasks that the checkpoint can do before any training, scored by accuracy beside ID and OOD.
+    """
 
     train: TrainSet
     test: ExampleSet
     ood: Mapping[str, ExampleSet] = field(default_factory=dict)
     validation: ExampleSet | None = None
     pretrain: ExampleSet | None = None
+    retained: Mapping[str, ExampleSet] = field(default_factory=dict)
 
 
 class GlobalBatch(Protocol):

@@ -147,7 +147,8 @@ def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
         data: {k: _number(v) for k, v in own.items()} for data, own in (entry.get("metrics") or {}).items()
     }
     scores = {name: _number(score) for name, score in entry["scores"].items()}
-    return Evaluation(int(entry["step"]), float(entry["epoch"]), scores, metrics)
+    retained = {name: _number(value) for name, value in (entry.get("retained") or {}).items()}
+    return Evaluation(int(entry["step"]), float(entry["epoch"]), scores, metrics, retained)
 
 
 def _number(value: Any) -> float:

@@ -167,13 +167,16 @@ def _results(columns: Sequence[Column], history: History) -> str:
     metric, percent = metric_of(history)
     digits = 1 if percent else 3
     names = [name for name in columns[0].last(columns[0].runs[0]).scores if name != ID]
+    kept = list(columns[0].last(columns[0].runs[0]).retained)
     head = ["method", "in distribution", *(["OOD mean", *names] if names else [])]
+    head += [f"retained: {name}, accuracy in %" for name in kept]
     rows = []
     for column in columns:
         row = [column.title, column.figure(lambda e: e.id).text(digits)]
         if names:
             row.append(column.figure(lambda e: e.ood).text(digits))
             row += [column.figure(lambda e, n=name: e.scores.get(n, math.nan)).text(digits) for name in names]  # type: ignore[misc]
+        row += [column.figure(lambda e, n=name: e.retained.get(n, math.nan)).text() for name in kept]  # type: ignore[misc]
         rows.append(row)
     seeds = max(len(column.runs) for column in columns)
     spread = f"; mean ± standard error over {seeds} seeds" if seeds > 1 else ""

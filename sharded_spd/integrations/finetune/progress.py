@@ -102,7 +102,10 @@ class Display:
         """Tell an evaluation where there is no bar."""
         if self._bar is None:
             ood = "" if math.isnan(found.ood) else f"  OOD {found.ood:.1f}"
-            self.say(f"{self._title}: step {found.step}, epoch {found.epoch:.3g}  ID {found.id:.1f}{ood}")
+            kept = "".join(f"  retained: {name} {value:.1f}" for name, value in found.retained.items())
+            self.say(
+                f"{self._title}: step {found.step}, epoch {found.epoch:.3g}  ID {found.id:.1f}{ood}{kept}"
+            )
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

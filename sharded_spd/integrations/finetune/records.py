@@ -24,13 +24,15 @@ class Evaluation:
     """The scores at one moment of a training: `test` and each out-of-distribution set by name.
 
     `scores` are by the first metric, which methods are compared by; `metrics` has all metrics of each set,
-    also of `validation` where a training is stopped by it. Shares are in percent.
+    also of `validation` where a training is stopped by it. Shares are in percent. `retained` has the accuracy
+    at each task that the checkpoint could do before, which is no part of the mean over the sets.
     """
 
     step: int
     epoch: float
     scores: Mapping[str, float]
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    retained: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> float:

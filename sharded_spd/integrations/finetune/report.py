@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -61,6 +62,9 @@ def print_summary(console: Console, columns: Sequence[Column], *, metric: str, p
     for index, name in enumerate(names):
         cells = (c.figure(lambda e, name=name: e.scores[name]).text(digits) for c in columns)  # type: ignore[misc]
         table.add_row(f"  {name}", *cells, end_section=index == len(names) - 1)
+    for name in _retained(columns):
+        cells = (c.figure(lambda e, name=name: e.retained.get(name, math.nan)).text() for c in columns)  # type: ignore[misc]
+        table.add_row(f"retained: {name}, accuracy in %", *cells, style="bold", end_section=True)
     table.add_row(
         "distance from the start", *(_over_runs(c, lambda r: 100 * r.deviation, "%") for c in columns)
     )
@@ -83,8 +87,15 @@ def differences(columns: Sequence[Column], *, digits: int = 1) -> list[str]:
         for name, value in (("ID", _id), ("OOD", _ood)):
             figure = Figure.of([value(a.history[-1]) - value(b.history[-1]) for a, b in pairs])
             parts.append(f"{name} {_signed(figure, digits)}")
+        for name in _retained(columns):
+            away = [a.history[-1].retained[name] - b.history[-1].retained[name] for a, b in pairs]
+            parts.append(f"retained: {name} {_signed(Figure.of(away), 1)}")
         lines.append(f"{column.title} against {base.title}, seed by seed: {', '.join(parts)}")
     return lines
+
+
+def _retained(columns: Sequence[Column]) -> list[str]:
+    return list(columns[0].last(columns[0].runs[0]).retained)
 
 
 def _id(found: Evaluation) -> float:
@@ -115,9 +126,14 @@ def write_results(
     path: Path, results: Sequence[TrainingResult], columns: Sequence[Column], *, seconds: float
 ) -> None:
     """Write every training and the means over seeds as JSON."""
-    summary = {
+    summary: dict[str, dict[str, Any]] = {
         c.title: {name: asdict(c.figure(value)) for name, value in (("id", _id), ("ood", _ood))}
         for c in columns
     }
+    for column in columns if _retained(columns) else ():
+        summary[column.title]["retained"] = {
+            name: asdict(column.figure(lambda e, name=name: e.retained[name]))  # type: ignore[misc]
+            for name in _retained(columns)
+        }
     content = {"seconds": seconds, "summary": summary, "trainings": [asdict(result) for result in results]}
     path.write_text(plain_json(content, indent=1), encoding="utf-8")

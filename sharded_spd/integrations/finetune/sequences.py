@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from sharded_spd.integrations.finetune.docstring_source import DocstringOptions, docstring_splits
 from sharded_spd.integrations.finetune.examples import Batch, Splits
 from sharded_spd.integrations.finetune.loading import read_config, read_tokenizer
+from sharded_spd.integrations.finetune.matching import is_pools, match, mean_pooled
 from sharded_spd.integrations.finetune.metrics import Outcome
 from sharded_spd.integrations.finetune.models import ModelTask
 from sharded_spd.integrations.finetune.sources import pick
-from sharded_spd.integrations.finetune.text_sources import LABELLED_SOURCES
+from sharded_spd.integrations.finetune.text_sources import LabelledFiles, labelled_splits
+
+LABELLED_SOURCES: Mapping[str, tuple[type[Any], Callable[..., Splits]]] = {
+    "files": (LabelledFiles, labelled_splits),
+    "stdlib-docstrings": (DocstringOptions, docstring_splits),
+}
+"""What a classifier of texts can be trained on, by the name in the block `data`; options have `labels`."""
 
 
 class SequenceClassification(ModelTask):
@@ -80,14 +88,22 @@ class SequenceClassification(ModelTask):
         return self.outcome(model, batch).losses
 
     def outcome(self, model: nn.Module, batch: Batch) -> Outcome:
-        """What the model makes of each text."""
+        """What the model makes of each text; of pools of pairs: which text its encoder finds the nearest."""
         inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        if is_pools(batch):
+            return match(inputs, lambda side: _pooled(model, side))
         labels = inputs.pop("labels")
         return Outcome(model(**inputs).logits.float(), labels)
 
     def add_files(self, folder: Path) -> None:
         """The tokenizer."""
         self._tokenizer.save_pretrained(str(folder))
+
+
+def _pooled(model: nn.Module, inputs: Batch) -> torch.Tensor:
+    """Sentence vectors as sentence-transformers makes them of a mean-pooling encoder, without the head."""
+    hidden: torch.Tensor = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    return mean_pooled(hidden, inputs["attention_mask"])
 
 
 def _count_from_zero(found: set[str | int], classes: int) -> bool:

@@ -217,8 +217,3 @@ LANGUAGE_SOURCES: Mapping[str, tuple[type[Any], Callable[..., Splits]]] = {
     "files": (LanguageFiles, language_splits)
 }
 """What a language model can be trained on, by the name in the block `data`."""
-
-LABELLED_SOURCES: Mapping[str, tuple[type[Any], Callable[..., Splits]]] = {
-    "files": (LabelledFiles, labelled_splits)
-}
-"""The same for a classifier of texts; options have a method `labels`."""

@@ -31,7 +31,7 @@ class Tracking:
         if not self._names:
             return
         if event == "zero-shot":
-            self._zero_shot[int(fields["seed"])] = fields["metrics"]
+            self._zero_shot[int(fields["seed"])] = fields
         elif event == "pretrain":
             self._log("pretrain", fields["step"], {f"train/{k}": fields[k] for k in ("loss", "lr")}, fields)
         elif event == "resumed":
@@ -40,7 +40,7 @@ class Tracking:
             values = {f"train/{k}": fields[k] for k in _STEP if fields.get(k) is not None}
             self._log(title_of(fields), fields["step"], values, fields)
         elif event == "evaluation":
-            self._log(title_of(fields), fields["step"], _by_set(fields["metrics"]), fields)
+            self._log(title_of(fields), fields["step"], _by_set(fields), fields)
         elif event in ("trained", "validation", "end"):
             self.close()
 
@@ -108,5 +108,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _by_set(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"eval/{data}/{name}": v for data, own in metrics.items() for name, v in own.items()}
+def _by_set(found: Mapping[str, Any]) -> dict[str, Any]:
+    metrics: Mapping[str, Mapping[str, Any]] = found["metrics"]
+    sets = {f"eval/{data}/{name}": v for data, own in metrics.items() for name, v in own.items()}
+    return sets | {f"eval/retained/{name}": v for name, v in (found.get("retained") or {}).items()}

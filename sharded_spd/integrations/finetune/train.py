@@ -65,7 +65,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
+            return min(1.0, (step + 1) / warmup)
         done = (step - warmup) / max(1.0, steps - warmup)
         if config.schedule == "constant":
             return 1.0

@@ -15,7 +15,7 @@ from sharded_spd.checkpoint import Resumed
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.engines import ENGINES, check_engine, engine_factory
-from sharded_spd.integrations.finetune.evaluate import evaluate
+from sharded_spd.integrations.finetune.evaluate import evaluate, retained
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
 from sharded_spd.integrations.finetune.head_first import read_head, train_head, with_head
 from sharded_spd.integrations.finetune.loading import Kind, Weights
@@ -186,9 +186,11 @@ class Trainer:
             if live.keeper is not None and live.keeper.kept:
                 return []
             found = self._zero_shot[seed] = self._evaluate(live.engine, seed, step=0, epoch=0.0)
-            self.recorder.write("zero-shot", seed=seed, scores=found.scores, metrics=found.metrics)
+            known = {name: value for name, value in asdict(found).items() if name not in ("step", "epoch")}
+            self.recorder.write("zero-shot", seed=seed, **known)
+            every = {**found.scores, **{f"retained: {name}": kept for name, kept in found.retained.items()}}
             self.display.say(
-                "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in found.scores.items())
+                "Zero-shot: " + "  ".join(f"{name} {score:.1f}" for name, score in every.items())
             )
         return [self._zero_shot[seed]]
 
@@ -203,7 +205,7 @@ class Trainer:
         )
         first = self.metrics[0].name
         scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
-        return Evaluation(step, epoch, scores, found)
+        return Evaluation(step, epoch, scores, found, retained(engine, self.task, splits.retained))
 
     def validate(self, method: Method, seed: int, validation: ExampleSet) -> float:
         """Train, then score the validation set, unless that is done; the test sets are not touched."""
