@@ -74,7 +74,7 @@ class _Bench:
         self._smoke: bool = given.smoke
         self._folder = Path(given.work) / (f"smoke-{name}" if given.smoke else name)
         self._book = Book(given.out / f"{name}.jsonl")
-        self._methods = [m for m in METHODS if setting.head or m.name != "LP-FT"]
+        self._methods = [m for m in METHODS if setting.probe or m.name != "LP-FT"]
         self._tune = TUNE_SEEDS[:1] if given.smoke else TUNE_SEEDS
         self._seeds = SEEDS[:2] if given.smoke else SEEDS
         self._began = time.perf_counter()

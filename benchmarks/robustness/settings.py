@@ -22,7 +22,8 @@ class Setting:
         slack: how much worse than the best a candidate may be on the validation set, as a share; None: one
             standard error of a share of its examples.
         text_model: whether data and pre-trained model are made by `language.py`.
-        head: whether the model has a head of its own, which LP-FT needs.
+        probe: whether LP-FT is one of the methods: not where the model has no head of its own, and not where
+            the recipe trains the head first for all methods.
     """
 
     title: str
@@ -31,7 +32,7 @@ class Setting:
     head_lr: float = 1e-2
     slack: float | None = None
     text_model: bool = False
-    head: bool = True
+    probe: bool = True
 
 
 _ALONE = ("engine=single", "ranks=1", "device=cpu", "save=none", "select={}", "seeds=[0]")
@@ -51,13 +52,16 @@ SETTINGS = {
             "data.train=150",
         ),
     ),
+    "docstrings": Setting(
+        "packages by their docstrings", RECIPES / "minilm.yaml", (*_ALONE, "train.evaluations=1"), probe=False
+    ),
     "code": Setting(
         "documentation, then code",
         OWN / "code.yaml",
         _ALONE,
         slack=0.005,
         text_model=True,
-        head=False,
+        probe=False,
     ),
 }
 
@@ -67,4 +71,10 @@ def smoke(setting: Setting) -> Setting:
     few = ("train.max_steps=4", "data.limit=40") if setting.text_model else ("train.epochs=2",)
     if setting.recipe.name == "quickstart.yaml":
         few = (*few, "pretrain.train.epochs=30", "pretrain.min_accuracy=0")
+    if setting.recipe.name == "minilm.yaml":
+        few = (
+            "train.max_steps=2",
+            "head_first.max_steps=2",
+            *(f"data.{n}=100" for n in ("train", "validation", "test")),
+        )
     return replace(setting, overrides=(*setting.overrides, *few))

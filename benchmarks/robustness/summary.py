@@ -54,16 +54,20 @@ def _rows(lines: Lines) -> list[dict[str, Any]]:
                 "id": _figure([line["scores"]["test"] for line in own]),
                 "ood": _figure([statistics.fmean(values) for values in ood]),
                 "worst": _figure([(min if up else max)(values) for values in ood]),
+                "retained": _figure([line["retained"] for line in own if "retained" in line]),
                 "deviation": _figure([100 * line["deviation"] for line in own]),
                 "rate": _figure([100 * line["activation_rate"] for line in own if method in BY_LAYER]),
                 "sets": {name: _figure([line["scores"][name] for line in own]) for name in own[0]["scores"]},
             }
         )
     starts = [line["zero_shot"] for line in finals.get(ADAMW, ())]
-    return [_start(rows[0], starts[0]), *rows] if starts else rows
+    kept = [line["zero_shot_retained"] for line in finals.get(ADAMW, ()) if line.get("zero_shot_retained")]
+    return [_start(rows[0], starts[0], kept[0] if kept else []), *rows] if starts else rows
 
 
-def _start(other: Mapping[str, Any], scores: Mapping[str, float]) -> dict[str, Any]:
+def _start(
+    other: Mapping[str, Any], scores: Mapping[str, float], retained: Sequence[float]
+) -> dict[str, Any]:
     """The row of the pre-trained model."""
     values, none = _ood(scores), [math.nan, math.nan]
     worst = max(values) if other["metric"] == "perplexity" else min(values)
@@ -71,7 +75,7 @@ def _start(other: Mapping[str, Any], scores: Mapping[str, float]) -> dict[str, A
     return {
         **{"method": "pre-trained", "chosen": "", "metric": other["metric"], "seeds": 1},
         **{name: [value, math.nan] for name, value in single.items()},
-        **{"deviation": none, "rate": none},
+        **{"deviation": none, "rate": none, "retained": _figure(retained)},
         "sets": {name: [value, math.nan] for name, value in scores.items()},
     }
 
@@ -108,14 +112,16 @@ def _text(figure: Sequence[float], digits: int) -> str:
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     digits = 1 if rows[0]["metric"] in ("accuracy", "f1") else 3
     seeds = max(row["seeds"] for row in rows)
+    kept = any(not math.isnan(row["retained"][0]) for row in rows)
     lines = [
         f"### {SETTINGS[name].title} ({rows[0]['metric']}, {seeds} seeds, mean ± standard error)\n",
-        "| method | chosen | ID | mean OOD | worst OOD | distance from the start, % | layers pulled, % |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | chosen | ID | mean OOD | worst OOD |{' retained |' if kept else ''} "
+        "distance from the start, % | layers pulled, % |",
+        "|---|---|---|---|---|---|---|" + ("---|" if kept else ""),
     ]
     for row in rows:
         cells = [_text(row[key], digits) for key in ("id", "ood", "worst")]
-        cells += [_text(row[key], 1) for key in ("deviation", "rate")]
+        cells += [_text(row[key], 1) for key in (*(("retained",) if kept else ()), "deviation", "rate")]
         lines.append(f"| {row['method']} | {row['chosen']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,8 @@ def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dic
     here = folder / task.folder
     here.mkdir(parents=True, exist_ok=True)
     start = check_checkpoint(job.checkpoint or "", job.revision)
+    if not setting.probe:
+        _share_heads(folder / "heads", here / "heads")
     trainer = _trainer(job, start, here)
     chosen = Method(method.rule, None if method.rule == "adamw" else job.spd_config(method.rule).weight_decay)
     keep = here / "checkpoint"
@@ -123,10 +126,18 @@ def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dic
         "seconds": result.seconds,
         "layers": layers,
         "zero_shot": dict(result.history[0].scores),
+        "zero_shot_retained": list(result.history[0].retained.values()),
     }
     if task.method != ADAMW:
         shutil.rmtree(here)
     return found
+
+
+def _share_heads(shared: Path, own: Path) -> None:
+    """The head that goes first is the same for all methods of a seed: it is trained once."""
+    shared.mkdir(exist_ok=True)
+    if not own.exists():
+        own.symlink_to(shared.absolute(), target_is_directory=True)
 
 
 def _settled(setting: Setting, candidate: Sequence[str]) -> list[str]:
@@ -152,7 +163,9 @@ def _scores(job: JobConfig, checkpoint: Path) -> dict[str, Any]:
     scorer = Scorer(job)
     found, metric = scorer.score(checkpoint), scorer.metrics[0]
     by_set = {name: values[metric.name] for name, values in found.metrics.items()}
+    kept = {"retained": statistics.fmean(found.retained.values())} if found.retained else {}
     return {
+        **kept,
         "metric": metric.name,
         "percent": metric.percent,
         "higher_is_better": metric.higher_is_better,

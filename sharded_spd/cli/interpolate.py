@@ -88,11 +88,12 @@ def _score_all(
     write_scores(scored, output, metric=metric.name, percent=metric.percent)
     digits = 1 if metric.percent else 3
     table = Table(title=f"{metric.name}{' in %' if metric.percent else ''}", title_justify="left")
-    sets = list(scored[0].scores.metrics)
-    for title in ("alpha", *sets, "mean OOD"):
+    sets, kept = list(scored[0].scores.metrics), list(scored[0].scores.retained)
+    for title in ("alpha", *sets, "mean OOD", *(f"retained: {name}" for name in kept)):
         table.add_column(title, justify="right")
     for row in scored:
         values = [row.scores.metrics[name][metric.name] for name in sets] + [row.scores.ood]
+        values += [row.scores.retained[name] for name in kept]
         table.add_row(f"{row.alpha:g}", *("-" if v != v else f"{v:.{digits}f}" for v in values))
     Console().print(table)
     print(f"wrote {output / 'scores.json'} and id_ood.png")

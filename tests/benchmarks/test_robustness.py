@@ -140,7 +140,7 @@ def test_smoke(tmp_path: Path) -> None:
         keys = [line["key"] for line in found]
         assert len(keys) == len(set(keys))
         finals = {key.split()[1] for key in keys if key.endswith("final")}
-        assert finals == (methods if setting.head else methods - {"LP-FT"})
+        assert finals == (methods if setting.probe else methods - {"LP-FT"})
         assert lines[: len(before)] == before or name != "digits"
         assert (tmp_path / "out" / f"layers-{name}.png").stat().st_size > 10_000
     kept = tmp_path / "work" / "smoke-digits"

@@ -79,7 +79,7 @@ def train_head(
     def save() -> None:
         if world.main:
             to.parent.mkdir(parents=True, exist_ok=True)
-            beside = to.with_suffix(".part")
+            beside = to.with_suffix(f".{os.getpid()}")
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
             os.replace(beside, to)
 

@@ -10,7 +10,7 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig, NamedBlock
 from sharded_spd.integrations.finetune.engines import engine_factory
-from sharded_spd.integrations.finetune.evaluate import Found, evaluate
+from sharded_spd.integrations.finetune.evaluate import Found, evaluate, retained
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
 from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.plot import draw_path
@@ -68,7 +68,7 @@ class Scorer:
         found: Found = evaluate(engine, task, sets, metrics=self.metrics, batch_size=job.eval_batch_size)
         first = self.metrics[0].name
         scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
-        return Evaluation(0, 0.0, scores, found)
+        return Evaluation(0, 0.0, scores, found, retained(engine, task, splits.retained))
 
 
 def write_scores(scored: Sequence[Scored], output: Path, *, metric: str, percent: bool) -> None:
