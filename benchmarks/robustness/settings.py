@@ -72,9 +72,6 @@ def smoke(setting: Setting) -> Setting:
     if setting.recipe.name == "quickstart.yaml":
         few = (*few, "pretrain.train.epochs=30", "pretrain.min_accuracy=0")
     if setting.recipe.name == "minilm.yaml":
-        few = (
-            "train.max_steps=2",
-            "head_first.max_steps=2",
-            *(f"data.{n}=100" for n in ("train", "validation", "test")),
-        )
+        sizes = (f"data.{part}=100" for part in ("train", "validation", "test"))
+        few = ("train.max_steps=2", "head_first.max_steps=2", *sizes, "data.pool=20")
     return replace(setting, overrides=(*setting.overrides, *few))
