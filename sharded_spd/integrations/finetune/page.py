@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_spd.integrations.finetune.history import Course, History, read_history
-from sharded_spd.integrations.finetune.plot import draw, draw_layers, draw_rates
+from sharded_spd.integrations.finetune.plot import draw, draw_layers, draw_rates, draw_training, largest
 from sharded_spd.integrations.finetune.records import ID, TrainingResult
 from sharded_spd.integrations.finetune.report import Column, compared, differences
 from sharded_spd.integrations.finetune.tracking import flat
@@ -89,6 +89,11 @@ def _draw_all(history: History, columns: Sequence[Column]) -> list[tuple[str, Pa
         path = directory / "id_ood.png"
         draw(columns, path, metric=metric, percent=percent)
         pictures.append(("In and out of distribution", path))
+    courses = {course.title: course.steps for course in history.compared() if course.steps}
+    if courses:
+        path = directory / "training.png"
+        draw_training(courses, path)
+        pictures.append(("Training", path))
     rates = {
         course.title: [
             (step, float(found["activation_rate"]))
@@ -101,14 +106,12 @@ def _draw_all(history: History, columns: Sequence[Column]) -> list[tuple[str, Pa
         path = directory / "activation.png"
         draw_rates({title: points for title, points in rates.items() if points}, path)
         pictures.append(("Layers pulled per step", path))
-    seen: set[tuple[str, Any]] = set()
-    for course in history.compared():
-        method = (course.tags["method"], course.tags["weight_decay"])
-        if not course.layers or method in seen:  # the first seed of each method
-            continue
-        path = directory / ("layers.png" if not seen else f"layers-{len(seen) + 1}.png")
-        seen.add(method)
-        draw_layers(course.layers, path, title=f"{course.title}: distance of each layer from its start")
+    first = {(c.tags["method"], c.tags["weight_decay"]): c for c in reversed(history.compared()) if c.layers}
+    most = max((largest(course.layers) for course in first.values()), default=0.0)
+    for number, course in enumerate(reversed(first.values()), start=1):  # the first seed of each method
+        path = directory / ("layers.png" if number == 1 else f"layers-{number}.png")
+        title = f"{course.title}: distance of each layer from its start"
+        draw_layers(course.layers, path, title=title, most=most)
         pictures.append((f"Layers over depth and time: {course.title}", path))
     return pictures
 
@@ -190,6 +193,7 @@ def _picture(path: Path, title: str) -> str:
 def _layers(course: Course) -> str:
     last = course.layers[max(course.layers)]
     moments = list(course.layers.values())
+    ruled = any("s" in layer for layer in last.values())
 
     def row(name: str) -> list[str]:
         own = [moment[name] for moment in moments if name in moment]
@@ -199,13 +203,14 @@ def _layers(course: Course) -> str:
             name,
             "-" if relative is None else f"{100 * relative:.2f} %",
             "-" if away is None else f"{away:.4g}",
-            f"{100 * pulled:.0f} %",
+            *([f"{100 * pulled:.0f} %"] if ruled else []),
         ]
 
     names = sorted(last, key=lambda name: -(last[name].get("deviation_rel") or 0.0))[:MOST_LAYERS]
-    note = f"The {len(names)} of {len(last)} layers that moved most by step {max(course.layers)}; "
-    note += f"pulled: in how many of the {len(moments)} steps that were written down."
-    head = ["layer", "distance / size", "distance", "pulled"]
+    note = f"The {len(names)} of {len(last)} layers that moved most by step {max(course.layers)}"
+    if ruled:
+        note += f"; pulled: in how many of the {len(moments)} steps that were written down"
+    head = ["layer", "distance / size", "distance", *(["pulled"] if ruled else [])]
     return f'<p class="soft">{escape(note)}</p>{_table(head, map(row, names))}'
 
 
@@ -216,7 +221,7 @@ def _trainings(history: History) -> str:
         rate = "-" if result.activation_rate is None else f"{100 * result.activation_rate:.1f} %"
         moved = "-" if math.isnan(result.deviation) else f"{100 * result.deviation:.2f} %"
         loss = _last_loss(course)
-        speed = "-" if math.isnan(result.samples_per_second) else f"{result.samples_per_second:.0f}"
+        speed = "-" if math.isnan(result.samples_per_second) else f"{result.samples_per_second:.3g}"
         steps = str(max(course.steps, default=0))
         rows.append([course.title, steps, loss, moved, rate, speed, _duration(result.seconds)])
     if not rows:

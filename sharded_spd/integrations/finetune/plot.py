@@ -115,8 +115,42 @@ def draw_rates(courses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -
     pyplot.close(figure)
 
 
-def draw_layers(moments: Mapping[int, Mapping[str, Mapping[str, float]]], path: Path, *, title: str) -> None:
-    """Draw |w - w0| / |w0| in % of each layer, the first layer of the model on top, by step."""
+def draw_training(courses: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path) -> None:
+    """Draw the loss and the norm of the gradients by step, one line per training."""
+    pyplot = _pyplot()
+    figure, both = pyplot.subplots(1, 2, figsize=(10.5, 3.4), layout="constrained")
+    for axes, key, label in zip(both, ("loss", "grad_norm"), ("loss", "norm of the gradients"), strict=True):
+        for index, (title, steps) in enumerate(courses.items()):
+            points = [(step, own[key]) for step, own in sorted(steps.items()) if own.get(key) is not None]
+            colour = _COLOURS[index % len(_COLOURS)]
+            marker = "o" if len(points) == 1 else None
+            name = plain_text(title)
+            xs, ys = [step for step, _ in points], [value for _, value in points]
+            axes.plot(xs, ys, marker=marker, linewidth=1.2, color=colour, label=name)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+Layers = Mapping[int, Mapping[str, Mapping[str, float]]]
+"""By step, then by layer."""
+
+
+def largest(moments: Layers) -> float:
+    """The largest |w - w0| / |w0| of any layer at any time, in %."""
+    every = (_percent(layer) for found in moments.values() for layer in found.values())
+    return max((value for value in every if value == value), default=0.0)
+
+
+def draw_layers(moments: Layers, path: Path, *, title: str, most: float) -> None:
+    """Draw |w - w0| / |w0| in % of each layer, the first layer of the model on top, by step.
+
+    `most`: the end of the scale of colours.
+    """
     pyplot = _pyplot()
     from matplotlib.colors import PowerNorm
 
@@ -128,9 +162,8 @@ def draw_layers(moments: Mapping[int, Mapping[str, Mapping[str, float]]], path: 
     )
     # By the root: a few layers move far more than the rest.
     colours = pyplot.get_cmap("viridis").with_extremes(bad="#e8ebee")
-    image = axes.imshow(
-        values, aspect="auto", interpolation="nearest", cmap=colours, norm=PowerNorm(0.5, vmin=0)
-    )
+    scale = PowerNorm(0.5, vmin=0, vmax=most or 1)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, norm=scale)
     every = max(1, -(-len(names) // 80))
     axes.set_yticks(range(0, len(names), every), [plain_text(n) for n in names[::every]], fontsize=6)
     shown = range(0, len(steps), max(1, -(-len(steps) // 10)))

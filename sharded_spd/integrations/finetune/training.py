@@ -27,6 +27,7 @@ from sharded_spd.integrations.finetune.stopping import VALIDATION, stops_early
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
 from sharded_spd.integrations.finetune.world import StopRequest, World
+from sharded_spd.names import clean_fqns
 
 LAYER_MOMENTS = 40
 """How often in a training the figures of each layer are written."""
@@ -49,7 +50,8 @@ class _Live:
         self._start = self.engine.local_copy() if self.projector is None else {}
         self.rates: list[float] = []
         self.layers: dict[str, dict[str, float]] = {}
-        self._order = {name: i for i, (name, _) in enumerate(self.engine.named_model.named_parameters())}
+        names = clean_fqns([name for name, _ in self.engine.named_model.named_parameters()])
+        self._order = {name: i for i, name in enumerate(names)}
         self.keeper: Keeper | None = None
         if self.engine.resumable:
             name = f"{purpose}-{method.name}-{method.weight_decay}-seed{seed}"
@@ -64,7 +66,8 @@ class _Live:
     def distance(self) -> float:
         """|w - w0| / |w0| over all layers, collective."""
         if self.projector is None:
-            distance, size = self.engine.squared_distance(self._start)
+            squares = self.engine.squared_distances(self._start).values()
+            distance, size = sum(d for d, _ in squares), sum(n for _, n in squares)
         else:
             norms = self.projector.deviation().values()
             distance, size = sum(d * d for d, _ in norms), sum(n * n for _, n in norms)
@@ -88,15 +91,26 @@ class _Live:
     def layer_figures(self) -> dict[str, dict[str, float]]:
         """Deviation and pull of each layer in the last step, layers in the model's order.
 
-        Collective where ranks project different layers.
+        Collective where ranks project different layers, and without a rule, where they are measured now.
         """
         found = self.layers
-        if self.projector is not None and self.engine.shares_layers:
+        if self.projector is None:
+            found = self._measured()
+        elif self.engine.shares_layers:
             found = {name: own for part in self.engine.world.gather(found) for name, own in part.items()}
         last = len(self._order)
         names = sorted(found, key=lambda name: self._order.get(name, last))
         kept = ("deviation", "deviation_rel", "s")
         return {name: {k: found[name][k] for k in kept if k in found[name]} for name in names}
+
+    def _measured(self) -> dict[str, dict[str, float]]:
+        squares = self.engine.squared_distances(self._start)
+        found: dict[str, dict[str, float]] = {}
+        for name, (distance, size) in zip(clean_fqns(list(squares)), squares.values(), strict=True):
+            own = found[name] = {"deviation": math.sqrt(distance)}
+            if size:
+                own["deviation_rel"] = math.sqrt(distance / size)
+        return found
 
     def _over_ranks(self, metrics: dict[str, Any]) -> tuple[float, float | None]:
         away, share = metrics.get("deviation", 0.0), metrics.get("deviation_rel", 0.0)
@@ -238,6 +252,8 @@ class Trainer:
         if history is not None:
             history[:] = self._start(live, seed)
         tags = {"purpose": purpose, "method": method.name, "weight_decay": method.weight_decay, "seed": seed}
+        if live.keeper is None or not live.keeper.kept:
+            self.recorder.forget(tags, after=0)
         self.display.begin(f"{'choosing ' if purpose == 'select' else ''}{method.label} seed {seed}")
         done = 0
 
@@ -272,6 +288,7 @@ class Trainer:
         def adopt(resumed: Resumed) -> None:
             nonlocal done
             done = resumed.step
+            self.recorder.forget(tags, after=done)
             if history is not None:
                 history[:] = [Evaluation(**entry) for entry in resumed.extra["history"]]
                 self._zero_shot.setdefault(seed if self.task.new_head else self.config.seeds[0], history[0])
