@@ -181,11 +181,16 @@ def _finite(values: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
+def method_of(tags: Mapping[str, Any]) -> str:
+    """`spd λ=2`."""
+    strength = "" if tags.get("weight_decay") is None else f" λ={tags['weight_decay']:g}"
+    return f"{tags['method']}{strength}"
+
+
 def title_of(tags: Mapping[str, Any]) -> str:
     """`spd λ=2 seed 0`, with `choosing` before it where a strength is being chosen."""
-    strength = "" if tags.get("weight_decay") is None else f" λ={tags['weight_decay']:g}"
     choosing = "choosing " if tags.get("purpose") == "select" else ""
-    return f"{choosing}{tags['method']}{strength} seed {tags['seed']}"
+    return f"{choosing}{method_of(tags)} seed {tags['seed']}"
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
