@@ -146,6 +146,6 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        print(f"error: out of memory: {error}; see docs/finetune.md, Memory", file=sys.stderr)
+        print(f"error: out of memory: {error}; --dry-run says what the job takes", file=sys.stderr)
         code = 1
     _leave(code)

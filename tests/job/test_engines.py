@@ -86,6 +86,8 @@ def test_engines_train_alike(engine: str, run: Callable[[str], Path]) -> None:
         for mine, theirs in zip(moved, reference, strict=True):
             assert list(mine["layers"]) == list(theirs["layers"])
             for name, layer in mine["layers"].items():
+                if name.endswith("k_proj.bias"):  # nothing depends on it: its gradient is rounding
+                    continue
                 assert layer == pytest.approx(theirs["layers"][name], rel=1e-3, abs=1e-6)
     for mine, theirs in zip(
         results(run(engine))["trainings"], results(run("single"))["trainings"], strict=True

@@ -192,7 +192,8 @@ class _Job:
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
             shown(message, category, *rest, **named)
-            self.recorder.write("warning", text=f"{category.__name__}: {message}")
+            if not issubclass(category, (DeprecationWarning, FutureWarning)):  # libraries about each other
+                self.recorder.write("warning", text=f"{category.__name__}: {message}")
 
         warnings.showwarning = show
         try:
