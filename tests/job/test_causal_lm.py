@@ -22,6 +22,7 @@ QUICK = ("fsdp2", "zero2", "zero3")
 SLOW = ("ddp", "fsdp1", "zero1")
 LORA = "lora={r: 4, target_modules: [q_proj, v_proj], modules_to_save: [lm_head]}"
 SHORT = "train.max_steps=3"
+FREE = ("train.max_steps=2", "train.max_grad_norm=null")
 REFERENCES = {"plain": [], "lora": [LORA, SHORT]}
 """Jobs of one process."""
 ENGINES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -170,7 +171,10 @@ def slow(lm_home: Path) -> Path:
     cases = {name: [engine_setting(name)] for name in SLOW}
     cases["lora-fsdp2"] = [engine_setting("fsdp2"), LORA, SHORT]
     for name in (*QUICK, *SLOW):
-        cases[f"free-{name}"] = [engine_setting(name), "train.max_steps=2", "train.max_grad_norm=null"]
+        cases[f"free-{name}"] = [engine_setting(name), *FREE]
+        if name.startswith("zero"):
+            cases[f"free-{name}"].append("engine.settings={gradient_clipping: auto}")
+    cases["free-zero0"] = [*cases["free-zero1"], "engine.settings.zero_optimization={stage: 0}"]
     for load in ("whole", "sharded"):
         cases[f"{load}-fsdp2"] = [engine_setting("fsdp2"), f"load={load}", SHORT]
     return on_two_ranks(lm_home, cases, "slow")
@@ -197,7 +201,7 @@ def norms(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [*QUICK, *SLOW])
+@pytest.mark.parametrize("engine", [*QUICK, *SLOW, "zero0"])
 def test_same_norms_without_clipping(engine: str, alone: Path, run: Callable[[str], Path]) -> None:
     """The first step's, which clipping does not change."""
     expected = metrics(alone / "plain", "step")[0]["grad_norm"]
