@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-
 from bench.shapes import Block
+from torch import Tensor, nn
 
 
 class Holder(nn.Module):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from bench.case import LayoutCase
 from bench.clocks import Wire
 from bench.gradients import local

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.case import Case
 from rich.console import Console
 from rich.table import Table
-
-from bench.case import Case
 
 NAMES = {
     "adamw_fused": "AdamW, torch fused",

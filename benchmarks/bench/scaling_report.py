@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.latency import Network
 from rich.console import Console
 from rich.table import Table
-
-from bench.latency import Network
 
 
 def _table(title: str, *heads: str) -> Table:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
-
 from bench.case import SPD, Case
 from bench.gradients import local
 from bench.holder import Holder
 from bench.peers import BETAS, EPS, Copy, NaiveDTensor, PublishedLoop
 from bench.shapes import Block
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 LR, DECAY = 1e-3, 1.0
 SWITCH = "SHARDED_SPD_KERNELS"

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
 from bench.case import BASELINES, Case, held_bytes, least_bytes
 from bench.clocks import AllReduceWatch, Stopwatch, Wire
 from bench.gradients import Gradients, local
@@ -21,6 +19,7 @@ from bench.holder import initial_values
 from bench.machine import MemoryWatch, free_memory
 from bench.shapes import Block, make_blocks
 from bench.variants import Runner, compare, make, make_model, unsuited
+from torch import Tensor
 
 REARM = 8
 """Rounds between two unmeasured steps that renew the momentum."""

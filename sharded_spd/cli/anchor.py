@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +16,7 @@ from sharded_spd.anchors import build as work
 from sharded_spd.anchors.checkpoint import Checkpoint
 from sharded_spd.anchors.manifest import MANIFEST, Manifest
 from sharded_spd.anchors.paths import some
-from sharded_spd.anchors.scan import Progress as Report
+from sharded_spd.cli.progress import showing
 from sharded_spd.errors import ConfigError
 
 anchor_app = typer.Typer(no_args_is_help=True, help="Files of an anchor: build, verify, info.")
@@ -55,12 +52,12 @@ def build(
             raise ConfigError(f"--manifest-only writes beside {source}; got another target, {target}")
         if dtype is not DType.auto:
             raise ConfigError("--dtype rewrites the files: name a target directory for them")
-        with _progress("reading") as progress:
+        with showing("reading") as progress:
             manifest = work.add_manifest(source, name=name, progress=progress)
     else:
         to = None if dtype is DType.auto else getattr(torch, dtype.value)
         limit = work.parse_size(max_shard_size)
-        with _progress("copying") as progress:
+        with showing("copying") as progress:
             built = work.build(source, target, dtype=to, max_shard_bytes=limit, name=name, progress=progress)
         manifest = built.manifest
         if built.lossy:
@@ -81,7 +78,7 @@ def verify(
     sampled: Annotated[bool, typer.Option("--sampled", help="Sizes and a few blocks of each only.")] = False,
 ) -> None:
     """Compare the files with their manifest: 0 if they are what it says, 1 if not."""
-    with _progress("reading") as progress:
+    with showing("reading") as progress:
         found = work.verify(path, sampled=sampled, progress=progress)
     for sentence in found:
         print(sentence)
@@ -99,7 +96,7 @@ def info(path: Annotated[str, _PATH]) -> None:
     if manifest is not None:
         _show(manifest, "yes (these figures are from it; verify compares them with the files)")
         return
-    with _progress("reading") as progress:
+    with showing("reading") as progress:
         manifest = work.scan(checkpoint, progress=progress)
     _show(manifest, "no (anchor build PATH writes one)")
 
@@ -117,13 +114,3 @@ def _show(manifest: Manifest, there: str) -> None:
     for key, value in rows.items():
         table.add_row(key, Text(value))
     Console(soft_wrap=True).print(table)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Report]:
-    """A line on the terminal of how much is done; nothing where the output is no terminal."""
-    columns = (TextColumn(what), DownloadColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda num_bytes: shown.advance(task, num_bytes)

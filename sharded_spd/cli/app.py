@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from sharded_spd.cli.anchor import anchor_app
+from sharded_spd.cli.interpolate import interpolate
 from sharded_spd.errors import AnchorError, BindingError, CheckpointError, ConfigError, UnsupportedError
 from sharded_spd.integrations.finetune.config import JobConfig, load_job
 from sharded_spd.integrations.finetune.launch import follow_supervisor, supervise
@@ -23,6 +24,7 @@ FAILURES = (CheckpointError, RankLost)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(anchor_app, name="anchor")
+app.command()(interpolate)
 
 
 @app.callback()

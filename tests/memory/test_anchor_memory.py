@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.memory.anchor_worker import MIB, PERIOD, SHAPES
 
@@ -68,3 +68,17 @@ def test_the_measure_notices_a_rank_that_reads_everything(checkpoint):
     """The control: without it a measure that always shows little would pass above."""
     (result,) = measure(checkpoint, range(1), "whole")
     assert result["increase"] - result["shard"] > 64 * MIB
+
+
+def test_interpolation_holds_a_chunk_at_a_time(checkpoint, tmp_path):
+    """256 MiB of one tensor, between itself and itself."""
+    file = sorted(checkpoint.parent.glob("*.safetensors"))[0]
+    command = [sys.executable, "-m", "tests.memory.interpolate_worker", str(file), str(file)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "mixed")], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert result["written"] == 256 * MIB
+    assert result["increase"] <= 64 * MIB
+    assert torch.equal(load_file(tmp_path / "mixed" / file.name)["rows"], load_file(file)["rows"])
+    shutil.rmtree(tmp_path / "mixed")

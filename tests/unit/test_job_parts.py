@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from sharded_spd.anchors import FileAnchor, MappedValues
 from sharded_spd.anchors.base import is_on_disk
@@ -21,6 +21,7 @@ from sharded_spd.integrations.finetune.checkpoint import RenamedAnchor, names_in
 from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, NamedBlock, TrainConfig
 from sharded_spd.integrations.finetune.corruptions import broad_augmentation, seven_corruptions
 from sharded_spd.integrations.finetune.examples import share_of_batch
+from sharded_spd.integrations.finetune.head_first import head_of
 from sharded_spd.integrations.finetune.methods import _with_anchor
 from sharded_spd.integrations.finetune.pretrain import cached_checkpoint
 from sharded_spd.integrations.finetune.records import Figure, new_directory
@@ -41,6 +42,41 @@ def test_no_digit_stands_in_two_splits() -> None:
         rows = torch.cat([s.images(torch.arange(len(s.labels))).flatten(1) for s in sets if s is not None])
         assert len(rows) == 1797 - 50  # the pool's digits that this seed did not draw
         assert len(rows.unique(dim=0)) == len(rows)  # all 1797 images are distinct
+
+
+def test_some_of_the_digits() -> None:
+    """The others are tested out of distribution only; the pre-training has seen all."""
+    options = {"classes": [0, 4, 9], "train": 60}
+    splits = load_splits(NamedBlock(name="digits", options=options), spec=DIGITS, seed=0)
+    usual = load_splits(NamedBlock(name="digits"), spec=DIGITS, seed=0)
+    assert splits.validation is not None
+    for some in (splits.train, splits.validation, splits.test):
+        assert set(some.labels.tolist()) == {0, 4, 9}
+    assert list(splits.ood) == ["other classes"]
+    others = splits.ood["other classes"].labels
+    assert set(others.tolist()) == {1, 2, 3, 5, 6, 7, 8}
+    assert len(others) + len(splits.test.labels) == len(usual.test.labels)
+    assert splits.pretrain is not None
+    assert usual.pretrain is not None
+    assert torch.equal(splits.pretrain.labels, usual.pretrain.labels)
+    for wrong in ([0, 10], list(range(10))):
+        with pytest.raises(ConfigError, match="some of the digits 0 to 9"):
+            load_splits(NamedBlock(name="digits", options={"classes": wrong}), spec=DIGITS, seed=0)
+    with pytest.raises(ConfigError, match="200 images cannot be drawn from 26 of"):
+        load_splits(NamedBlock(name="digits", options={"classes": [1]}), spec=DIGITS, seed=0)
+
+
+def test_heads() -> None:
+    vision = ViTForImageClassification(ViTConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
+    assert head_of(vision) == ["classifier.weight", "classifier.bias"]
+    small = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    for tied in (True, False):
+        config = LlamaConfig(**small, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)
+        if tied:
+            with pytest.raises(ConfigError, match="LlamaForCausalLM has no head of its own"):
+                head_of(LlamaForCausalLM(config))
+        else:
+            assert head_of(LlamaForCausalLM(config)) == ["lm_head.weight"]
 
 
 def test_a_seed_draws_its_own_training_digits_and_no_others() -> None:
@@ -202,7 +238,7 @@ def test_anchor_of_the_job_may_stay_on_disk(tmp_path, device):
     """The checkpoint's names are another matter than where its values are kept."""
     save_file({"encoder.weight": torch.arange(6.0)}, tmp_path / "model.safetensors")
     spd = SPDConfig(anchor=AnchorConfig(source=FROM_CHECKPOINT, device=device))
-    store = _with_anchor(spd, tmp_path, {"weight": "encoder.weight"}).anchor.source
+    store = _with_anchor(spd, tmp_path, {"weight": "encoder.weight"}, {}).anchor.source
     assert is_on_disk(store) is (device == "disk")
     values = store.fetch(ShardSlice("weight", 0, 3, FlatRange(2)))
     assert isinstance(values, MappedValues) is (device == "disk")

@@ -6,7 +6,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from sharded_spd.anchors.base import AnchorStore, Cast, Values, VouchedStore, is_on_disk
+from sharded_spd.anchors.base import Cast, Values, VouchedStore, is_on_disk
+from sharded_spd.anchors.memory import take_region
 from sharded_spd.checkpoint.export import Whole, at_hand, write_wholes
 from sharded_spd.errors import AnchorError, ConfigError
 from sharded_spd.layout import ShardSlice
@@ -111,10 +112,14 @@ def names_in_checkpoint(model: nn.Module, directory: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RenamedAnchor:
-    """An anchor store whose layers have other names than the model's: `names` maps FQN to stored name."""
+    """An anchor store whose layers have other names than the model's: `names` maps FQN to stored name.
 
-    inner: AnchorStore
+    Layers of `own` are anchored at these whole tensors instead.
+    """
+
+    inner: VouchedStore
     names: Mapping[str, str]
+    own: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -128,25 +133,29 @@ class RenamedAnchor:
 
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """One sentence per layer that the store cannot serve with that full shape."""
-        return self.inner.problems({self.names.get(fqn, fqn): shape for fqn, shape in shapes.items()})
+        stored = {self._name(fqn): shape for fqn, shape in shapes.items() if fqn not in self.own}
+        return self.inner.problems(stored)
 
     def fetch(self, piece: ShardSlice) -> Values | None:
         """The values of `piece`, under the name that the file has for its layer."""
-        return self.inner.fetch(replace(piece, layer=self.names.get(piece.layer, piece.layer)))
+        if piece.layer in self.own:
+            return take_region(self.own[piece.layer], piece)
+        return self.inner.fetch(replace(piece, layer=self._name(piece.layer)))
 
     def expected(self, layer: str) -> tuple[int, ...] | None:
         """The fingerprint that the layer's stored values ought to have."""
-        inner = self.inner
-        return inner.expected(self.names.get(layer, layer)) if isinstance(inner, VouchedStore) else None
+        return None if layer in self.own else self.inner.expected(self._name(layer))
 
     def expected_overall(self) -> str | None:
         """The fingerprint that all that is stored ought to have together."""
-        return self.inner.expected_overall() if isinstance(self.inner, VouchedStore) else None
+        return self.inner.expected_overall()
 
     def cast(self, layer: str) -> Cast | None:
         """What the last `fetch` of the layer did to its values."""
-        inner = self.inner
-        return inner.cast(self.names.get(layer, layer)) if isinstance(inner, VouchedStore) else None
+        return None if layer in self.own else self.inner.cast(self._name(layer))
+
+    def _name(self, fqn: str) -> str:
+        return self.names.get(fqn, fqn)
 
 
 def save_checkpoint(

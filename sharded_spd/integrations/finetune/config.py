@@ -170,7 +170,8 @@ class JobConfig:
     `compare`: `adamw`, which is torch's own, and rules by name; the rule of `spd` alone if empty.
     `checkpoint`: a directory, or a name of the hub. `load`: whether each rank reads its shards only; "auto"
     where the engine can. `metrics`: methods are compared by the first one; the task's usual one if empty.
-    `classes`: names for a new head (the checkpoint's own head if empty). `spd`: an `SPDConfig` mapping whose
+    `classes`: names for a new head (the checkpoint's own head if empty). `head_first`: train the head alone
+    before, so long and so fast (LP-FT); its anchor is what came out. `spd`: an `SPDConfig` mapping whose
     anchor is the checkpoint unless it says otherwise. `track`: where figures go beside metrics.jsonl.
     """
 
@@ -191,6 +192,7 @@ class JobConfig:
     seeds: tuple[int, ...] = (0,)
     compare: tuple[str, ...] = ()
     train: TrainConfig = TrainConfig()
+    head_first: TrainConfig | None = None
     eval_batch_size: int = 256
     spd: Mapping[str, Any] = field(default_factory=dict)
     select: SelectConfig = SelectConfig()
@@ -208,6 +210,8 @@ class JobConfig:
                 raise wrong(name, "1 or more", getattr(self, name))
         if self.lora is not None and self.pretrain is not None:
             raise ConfigError("lora: needs a checkpoint that is there; it cannot go with `pretrain`")
+        if self.lora is not None and self.head_first is not None:
+            raise ConfigError("head_first: is for full fine-tuning; it cannot go with `lora`")
         for name in self.track:
             if name not in NAMES:
                 raise choice("track", name, NAMES)

@@ -44,11 +44,18 @@ def make_optimizer(engine: Engine, config: TrainConfig, *, weight_decay: float) 
 
 
 def set_up(
-    method: Method, engine: Engine, config: JobConfig, *, checkpoint: Path, names: Mapping[str, str]
+    method: Method,
+    engine: Engine,
+    config: JobConfig,
+    *,
+    checkpoint: Path,
+    names: Mapping[str, str],
+    head: Mapping[str, torch.Tensor],
 ) -> tuple[torch.optim.Optimizer, Projector | None]:
     """The optimizer of `method`, with its rule attached unless it is plain AdamW. Collective.
 
-    `names`: FQN to the stored name in `checkpoint`, the anchor unless the `spd` block says otherwise.
+    `names`: FQN to the stored name in `checkpoint`, the anchor unless the `spd` block says otherwise. `head`:
+    the layers that were trained before and are anchored at what came out.
     """
     plain = method.name == PLAIN
     decay = config.train.adamw_weight_decay if plain else 0.0
@@ -58,16 +65,18 @@ def set_up(
         optimizer = target
     if plain:
         return optimizer, None
-    spd = _with_anchor(config.spd_config(method.name, method.weight_decay), checkpoint, names)
+    spd = _with_anchor(config.spd_config(method.name, method.weight_decay), checkpoint, names, head)
     return optimizer, attach(target, engine.named_model, spd)
 
 
-def _with_anchor(spd: SPDConfig, checkpoint: Path, names: Mapping[str, str]) -> SPDConfig:
+def _with_anchor(
+    spd: SPDConfig, checkpoint: Path, names: Mapping[str, str], head: Mapping[str, torch.Tensor]
+) -> SPDConfig:
     def located(anchor: AnchorConfig) -> AnchorConfig:
         if anchor.source != FROM_CHECKPOINT:
             return anchor
         make = MappedAnchor if anchor.device == "disk" else FileAnchor
-        store = RenamedAnchor(make(checkpoint, anchor.dtype, spd.anchor_missing), names)
+        store = RenamedAnchor(make(checkpoint, anchor.dtype, spd.anchor_missing), names, head)
         return replace(anchor, source=store)
 
     layers = tuple(

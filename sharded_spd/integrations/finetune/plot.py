@@ -36,6 +36,26 @@ def draw(columns: Sequence[Column], path: Path, *, metric: str, percent: bool) -
     pyplot.close(figure)
 
 
+def draw_path(points: Sequence[tuple[float, Evaluation]], path: Path, *, metric: str, percent: bool) -> None:
+    """Draw the scores of the checkpoints between two others, each with its alpha."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(5.6, 4.4), layout="constrained")
+    unit = " (%)" if percent else ""
+    axes.plot([e.id for _, e in points], [e.ood for _, e in points], "-o", color=_COLOURS[1], markersize=5)
+    for alpha, found in points:
+        axes.annotate(
+            f"{alpha:g}", (found.id, found.ood), xytext=(5, 5), textcoords="offset points", fontsize=8
+        )
+    axes.set_xlabel(f"in-distribution {metric}{unit}")
+    axes.set_ylabel(f"out-of-distribution {metric}{unit}")
+    axes.set_title("alpha: 0 the pre-trained model, 1 the fine-tuned one", fontsize=10)
+    axes.margins(0.12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def _means(column: Column) -> list[tuple[float, Figure, Figure]]:
     moments: list[tuple[Evaluation, ...]] = list(zip(*(run.history for run in column.runs), strict=False))
     return [(m[0].epoch, Figure.of([e.id for e in m]), Figure.of([e.ood for e in m])) for m in moments]

@@ -38,7 +38,11 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsOptions:
-    """How one permutation by `split_seed` deals out the 1797 digits, in this order; the rest is the test."""
+    """How one permutation by `split_seed` deals out the 1797 digits, in this order; the rest is the test.
+
+    `classes`: of the pool, the validation and the test only these; the test digits of the others are then the
+    one OOD set, `other classes`. Empty: all of them, and seven corruptions of the test digits as OOD sets.
+    """
 
     pretrain: int = 300
     pool: int = 250
@@ -46,8 +50,11 @@ class DigitsOptions:
     train: int = 200
     split_seed: int = 0
     corruption_seed: int = 7
+    classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not {*self.classes} < {*range(10)}:
+            raise wrong("classes", "some of the digits 0 to 9, not all", self.classes)
         for name in ("pretrain", "pool", "validation", "train"):
             if getattr(self, name) < 1:
                 raise wrong(name, "1 or more images", getattr(self, name))
@@ -129,15 +136,24 @@ def _digits(options: DigitsOptions, spec: ImageSpec, seed: int) -> Splits:
     order = torch.randperm(len(every.labels), generator=torch.Generator().manual_seed(options.split_seed))
     sizes = [options.pretrain, options.pool, options.validation]
     pretrain, pool, validation, test = order.split([*sizes, len(order) - sum(sizes)])
+    ood = {}
+    if options.classes:
+        wanted = torch.isin(every.labels, torch.tensor(options.classes))
+        ood["other classes"] = every.subset(test[~wanted[test]])
+        pool, validation, test = pool[wanted[pool]], validation[wanted[validation]], test[wanted[test]]
+        if options.train > len(pool):
+            raise ConfigError(
+                f"train: {options.train} images cannot be drawn from {len(pool)} of data.classes"
+            )
     tested = every.subset(test)
+    if not ood:
+        corruptions = seven_corruptions(seed=options.corruption_seed)
+        ood = {n: ArrayImages(change(tested.pixels), tested.labels) for n, change in corruptions.items()}
     return Splits(
         train=every.subset(pool[_draw(len(pool), options.train, seed)]),
         validation=every.subset(validation),
         test=tested,
-        ood={
-            name: ArrayImages(change(tested.pixels), tested.labels)
-            for name, change in seven_corruptions(seed=options.corruption_seed).items()
-        },
+        ood=ood,
         pretrain=every.subset(pretrain),
     )
 

@@ -2,133 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sharded_spd.checkpoint import Resumed
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
-from sharded_spd.integrations.finetune.engines import ENGINES, check_engine, engine_factory
 from sharded_spd.integrations.finetune.evaluate import evaluate
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
-from sharded_spd.integrations.finetune.loading import Kind, Weights
-from sharded_spd.integrations.finetune.methods import Method, set_up
+from sharded_spd.integrations.finetune.head_first import read_head, train_head
+from sharded_spd.integrations.finetune.live import Live, loads_shards
+from sharded_spd.integrations.finetune.methods import Method
 from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.progress import Display
 from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
-from sharded_spd.integrations.finetune.resume import Keeper, Progress
+from sharded_spd.integrations.finetune.resume import Progress
 from sharded_spd.integrations.finetune.stopping import VALIDATION, stops_early
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
 from sharded_spd.integrations.finetune.world import StopRequest, World
-from sharded_spd.names import clean_fqns
 
 LAYER_MOMENTS = 40
 """How often in a training the figures of each layer are written."""
-
-
-class _Live:
-    """A model in training: its engine, its optimizer, and how far it has moved from its start."""
-
-    def __init__(self, trainer: Trainer, method: Method, seed: int, purpose: str) -> None:
-        torch.manual_seed(seed)
-        config, world = trainer.config, trainer.world
-        empty = loads_shards(config, world)
-        loaded = world.agree(lambda: trainer.task.load(trainer.checkpoint, seed=seed, empty=empty))
-        self.kind = Kind.of(loaded.model)
-        weights = None if loaded.whole else Weights(loaded, trainer.checkpoint)
-        self.engine: Engine = engine_factory(config.engine, world, config.train)(loaded.model, weights)
-        self.optimizer, self.projector = set_up(
-            method, self.engine, config, checkpoint=trainer.checkpoint, names=loaded.names
-        )
-        self._start = self.engine.local_copy() if self.projector is None else {}
-        self.rates: list[float] = []
-        self.layers: dict[str, dict[str, float]] = {}
-        names = clean_fqns([name for name, _ in self.engine.named_model.named_parameters()])
-        self._order = {name: i for i, name in enumerate(names)}
-        self.keeper: Keeper | None = None
-        if self.engine.resumable:
-            name = f"{purpose}-{method.name}-{method.weight_decay}-seed{seed}"
-            self.keeper = Keeper(
-                trainer.directory / "training" / name,
-                trainer.config.checkpointing,
-                self.engine,
-                self.optimizer,
-                self.projector,
-            )
-
-    def distance(self) -> float:
-        """|w - w0| / |w0| over all layers, collective."""
-        if self.projector is None:
-            squares = self.engine.squared_distances(self._start).values()
-            distance, size = sum(d for d, _ in squares), sum(n for _, n in squares)
-        else:
-            norms = self.projector.deviation().values()
-            distance, size = sum(d * d for d, _ in norms), sum(n * n for _, n in norms)
-        return math.sqrt(distance / size) if size else math.nan
-
-    def step_figures(self) -> tuple[float | None, float | None]:
-        """The activation rate and the relative deviation of the last step, where a rule is attached.
-
-        Collective where ranks project different layers; else only the main rank has them.
-        """
-        if self.projector is None or not (self.engine.world.main or self.engine.shares_layers):
-            return None, None
-        metrics = self.projector.metrics()
-        self.layers = metrics["layers"]
-        rate, deviation = float(metrics["activation_rate"]), metrics.get("deviation_rel")
-        if self.engine.shares_layers:
-            rate, deviation = self._over_ranks(metrics)
-        self.rates.append(rate)
-        return rate, deviation
-
-    def layer_figures(self) -> dict[str, dict[str, float]]:
-        """Deviation and pull of each layer in the last step, layers in the model's order.
-
-        Collective where ranks project different layers, and without a rule, where they are measured now.
-        """
-        found = self.layers
-        if self.projector is None:
-            found = self._measured()
-        elif self.engine.shares_layers:
-            found = {name: own for part in self.engine.world.gather(found) for name, own in part.items()}
-        last = len(self._order)
-        names = sorted(found, key=lambda name: self._order.get(name, last))
-        kept = ("deviation", "deviation_rel", "s")
-        return {name: {k: found[name][k] for k in kept if k in found[name]} for name in names}
-
-    def _measured(self) -> dict[str, dict[str, float]]:
-        squares = self.engine.squared_distances(self._start)
-        found: dict[str, dict[str, float]] = {}
-        for name, (distance, size) in zip(clean_fqns(list(squares)), squares.values(), strict=True):
-            own = found[name] = {"deviation": math.sqrt(distance)}
-            if size:
-                own["deviation_rel"] = math.sqrt(distance / size)
-        return found
-
-    def _over_ranks(self, metrics: dict[str, Any]) -> tuple[float, float | None]:
-        away, share = metrics.get("deviation", 0.0), metrics.get("deviation_rel", 0.0)
-        size = away / share if share else 0.0
-        own = [metrics["activation_rate"] * metrics["num_layers"], metrics["num_layers"], away**2, size**2]
-        sums = torch.tensor(own, dtype=torch.float64, device=self.engine.world.device)
-        active, layers, distance, whole = self.engine.world.sum_(sums).tolist()
-        return active / max(layers, 1), math.sqrt(distance / whole) if whole else None
-
-
-def loads_shards(config: JobConfig, world: World) -> bool:
-    """Whether each rank reads its shards only, so that none ever holds the whole model."""
-    engine = ENGINES[config.engine.name]
-    return (
-        config.load != "whole"
-        and torch.distributed.is_initialized()
-        and engine.loads_shards(check_engine(config.engine))
-    )
 
 
 class Trainer:
@@ -149,11 +48,13 @@ class Trainer:
         self.config, self.task, self.checkpoint = config, task, checkpoint
         self.world, self.stop, self.recorder, self.display = world, stop, recorder, display
         self.progress, self.directory = progress, directory
-        self._live: _Live | None = None
+        self._live: Live | None = None
         self.metrics = make_metrics(config.metrics or task.metrics[:1], known=task.metrics)
         self._model_config = world.agree(lambda: task.model_config(checkpoint))
         self._seen: dict[int, Splits] = {}
         self._zero_shot: dict[int, Evaluation] = {}
+        # Before training, only a new or a trained head makes the scores depend on the seed.
+        self._one_start = not (task.new_head or config.head_first)
 
     def splits(self, seed: int) -> Splits:
         """The sets of the run with `seed`, read once. Collective."""
@@ -161,12 +62,36 @@ class Trainer:
             self._seen[seed] = self.world.agree(lambda: self.task.splits(self._model_config, seed=seed))
         return self._seen[seed]
 
-    def _start(self, live: _Live, seed: int) -> list[Evaluation]:
-        """The scores before training, found once: only a new head makes them depend on the seed.
+    def head(self, seed: int) -> dict[str, torch.Tensor]:
+        """The head that is trained before everything else, once for a seed; nothing without `head_first`.
+
+        Collective.
+        """
+        if self.config.head_first is None:
+            return {}
+        path = self.directory / "heads" / f"seed{seed}.safetensors"
+        if not self.world.share(path.is_file()):
+            self.display.begin(f"head, seed {seed}")
+            train_head(
+                self.config,
+                self.task,
+                self.checkpoint,
+                self.splits(seed).train,
+                seed=seed,
+                empty=loads_shards(self.config, self.world),
+                to=path,
+                world=self.world,
+                stop=self.stop,
+                on_step=lambda report: self.recorder.write("head", seed=seed, **asdict(report)),
+            )
+        return self.world.agree(lambda: read_head(path))
+
+    def _start(self, live: Live, seed: int) -> list[Evaluation]:
+        """The scores before training, found once where they are the same for all seeds.
 
         Nothing where the training goes on from a checkpoint, which has them.
         """
-        seed = seed if self.task.new_head else self.config.seeds[0]
+        seed = self.config.seeds[0] if self._one_start else seed
         if seed not in self._zero_shot:
             if live.keeper is not None and live.keeper.kept:
                 return []
@@ -233,7 +158,7 @@ class Trainer:
         self._done(live)
         return result
 
-    def _done(self, live: _Live) -> None:
+    def _done(self, live: Live) -> None:
         """Let a training go whose outcome is written down."""
         self._live = None
         if live.keeper is not None:
@@ -247,8 +172,8 @@ class Trainer:
         purpose: str,
         history: list[Evaluation] | None = None,
         speeds: list[float] | None = None,
-    ) -> _Live:
-        live = self._live = _Live(self, method, seed, purpose)
+    ) -> Live:
+        live = self._live = Live(self, method, seed, purpose)
         if history is not None:
             history[:] = self._start(live, seed)
         tags = {"purpose": purpose, "method": method.name, "weight_decay": method.weight_decay, "seed": seed}
@@ -291,7 +216,7 @@ class Trainer:
             self.recorder.forget(tags, after=done)
             if history is not None:
                 history[:] = [Evaluation(**entry) for entry in resumed.extra["history"]]
-                self._zero_shot.setdefault(seed if self.task.new_head else self.config.seeds[0], history[0])
+                self._zero_shot.setdefault(self.config.seeds[0] if self._one_start else seed, history[0])
             live.rates[:] = resumed.extra["rates"]
             if speeds is not None:
                 speeds.extend(resumed.extra["speeds"])
@@ -319,7 +244,7 @@ class Trainer:
         )
         return live
 
-    def _save(self, live: _Live, to: Path) -> None:
+    def _save(self, live: Live, to: Path) -> None:
         self.task.save_model(live.kind, live.engine.wholes(), to)
 
     @property

@@ -101,7 +101,12 @@ def started_as_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _pick_device(device: Device, *, local_rank: int) -> torch.device:
+def pick_device(device: Device, *, local_rank: int) -> torch.device:
+    """The device of a rank; "auto" takes a GPU where there is one.
+
+    Raises:
+        ConfigError: there is none, or none for this rank.
+    """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -119,7 +124,7 @@ def _pick_device(device: Device, *, local_rank: int) -> torch.device:
 def join_world(device: Device) -> Iterator[World]:
     """Join the process group that the environment describes, or be a world of one; leave it at the end."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = _pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    place = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if not started_as_rank():
         yield World(rank=0, size=1, device=place)
         return

@@ -1,0 +1,1 @@
+"""Benchmarks: what the projection costs, and what it keeps."""

@@ -1,0 +1,1 @@
+"""What fine-tuning keeps of the pre-trained model, method beside method."""

@@ -1,0 +1,136 @@
+"""Does it help? Fine-tuning methods side by side, in and out of distribution.
+
+    python -m benchmarks.robustness                     # every setting; goes on where it stopped
+    python -m benchmarks.robustness --setting digits    # one of them
+    python -m benchmarks.robustness --smoke --out DIR   # all of it in minutes, and the figures mean nothing
+
+Every method is tuned among four settings by the in-distribution validation set alone, on two seeds, and then
+trained on five others. Each training is a line of OUT/SETTING.jsonl; the summary is written from those lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a training per core
+
+from benchmarks.bench.machine import describe
+from benchmarks.robustness.choose import Tuned, choose
+from benchmarks.robustness.methods import ADAMW, ALPHAS, METHODS, WISE
+from benchmarks.robustness.settings import SETTINGS, Setting, smoke
+from benchmarks.robustness.summary import summarise
+from benchmarks.robustness.training import PRETRAIN_STEPS, Task, prepare, run
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "robustness"
+TUNE_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
+
+
+class Book:
+    """The trainings of one setting that are done, a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.done: dict[str, dict[str, Any]] = {found["key"]: found for found in map(json.loads, lines)}
+
+    def add(self, task: Task, found: dict[str, Any]) -> None:
+        """Write down one more."""
+        line = {"key": task.key, **found}
+        self.done[task.key] = line
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Run what is asked for, and summarise what is there."""
+    given = _arguments()
+    names = [given.setting] if given.setting else list(SETTINGS)
+    given.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        for name in names:
+            setting = smoke(SETTINGS[name]) if given.smoke else SETTINGS[name]
+            _Bench(name, setting, given, pool).run()
+    (given.out / "machine.json").write_text(json.dumps(describe("cpu"), indent=1), encoding="utf-8")
+    there = [name for name in SETTINGS if (given.out / f"{name}.jsonl").is_file()]
+    summarise({name: list(Book(given.out / f"{name}.jsonl").done.values()) for name in there}, given.out)
+
+
+class _Bench:
+    """One setting, from the pre-trained model to the last training."""
+
+    def __init__(
+        self, name: str, setting: Setting, given: argparse.Namespace, pool: ProcessPoolExecutor
+    ) -> None:
+        self._name, self._setting, self._pool = name, setting, pool
+        self._smoke: bool = given.smoke
+        self._folder = Path(given.work) / (f"smoke-{name}" if given.smoke else name)
+        self._book = Book(given.out / f"{name}.jsonl")
+        self._methods = [m for m in METHODS if setting.head or m.name != "LP-FT"]
+        self._tune = TUNE_SEEDS[:1] if given.smoke else TUNE_SEEDS
+        self._seeds = SEEDS[:2] if given.smoke else SEEDS
+        self._began = time.perf_counter()
+
+    def run(self) -> None:
+        """Tune, choose, train."""
+        steps = 4 if self._smoke else PRETRAIN_STEPS
+        self._given = self._pool.submit(prepare, self._setting, self._folder, steps=steps).result()
+        candidates = {m.name: range(len(m.candidates)) for m in self._methods}
+        if self._smoke:
+            candidates = {name: range(1, 3) for name in candidates}
+        tried = [(m, c) for m, cs in candidates.items() for c in cs]
+        self._do([Task(self._name, m, c, s, True) for m, c in tried for s in self._tune])
+        chosen = {m: self._choose(m, cs) for m, cs in candidates.items()}
+        base, alphas = chosen[ADAMW], range(len(ALPHAS))
+        self._do([Task(self._name, WISE, c, s, True, base) for c in alphas for s in self._tune])
+        chosen[WISE] = self._choose(WISE, alphas)
+        finals = [
+            Task(self._name, m, c, s, False) for m, c in chosen.items() if m != WISE for s in self._seeds
+        ]
+        self._do(finals)
+        self._do([Task(self._name, WISE, chosen[WISE], s, False, base) for s in self._seeds])
+
+    def _choose(self, method: str, candidates: Sequence[int]) -> int:
+        found = {}
+        for c in candidates:
+            lines = [self._book.done[Task(self._name, method, c, s, True).key] for s in self._tune]
+            found[c] = [line["validation"] for line in lines]
+        any_line = next(line for line in self._book.done.values() if "percent" in line)
+        kind = Tuned(any_line["higher_is_better"], any_line["examples"], self._setting.slack)
+        best = choose(found, kind)
+        print(f"{self._name}: {method}: candidate {best} of {found}", flush=True)
+        return best
+
+    def _do(self, tasks: Sequence[Task]) -> None:
+        """Run what is not done yet, several at a time."""
+        rest = [task for task in tasks if task.key not in self._book.done]
+        waiting = {
+            self._pool.submit(run, task, self._setting, self._given, self._folder): task for task in rest
+        }
+        for number, done in enumerate(as_completed(waiting), start=1):
+            self._book.add(waiting[done], done.result())
+            seconds = time.perf_counter() - self._began
+            print(f"{seconds:6.0f} s  {number}/{len(rest)}  {waiting[done].key}", flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--setting", choices=list(SETTINGS))
+    parser.add_argument("--smoke", action="store_true", help="too short to say anything")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path("runs/robustness"), help="scratch files")
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The table and the pictures of the benchmark, from the lines of its trainings."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.robustness.methods import ADAMW, ALPHAS, METHODS, WISE, by_name
+from benchmarks.robustness.settings import SETTINGS
+from sharded_spd.integrations.finetune.records import plain_json
+
+Lines = Sequence[Mapping[str, Any]]
+ORDER = [METHODS[0].name, WISE, *(m.name for m in METHODS[1:])]
+BY_LAYER = {"SPD", "MAPS", "FTP"}
+"""The methods that pull a layer in one step and not in another."""
+COLOURS = ("#d1495b", "#6b6b6b", "#e09f3e", "#2e86ab", "#3b8c5a", "#8f5fbf", "#b5651d", "#17becf", "#c2185b")
+
+
+def summarise(trainings: Mapping[str, Lines], out: Path) -> None:
+    """Write summary.json, table.md and the pictures of what is there."""
+    found = {name: rows for name, lines in trainings.items() if (rows := _rows(lines))}
+    (out / "summary.json").write_text(plain_json(found, indent=1), encoding="utf-8")
+    text = "\n".join(_table(name, rows) for name, rows in found.items())
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    if found:
+        _scatter(found, out / "id_ood.png")
+        for name in found:
+            finals = [line for line in trainings[name] if line["key"].endswith("final")]
+            _heat(name, finals, out / f"layers-{name}.png")
+
+
+def _rows(lines: Lines) -> list[dict[str, Any]]:
+    """A row of figures per method, mean and standard error over the seeds; the pre-trained model first."""
+    finals: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        _, method, candidate, _, kind = line["key"].split(" ")
+        if kind == "final":
+            finals.setdefault(method, []).append({**line, "candidate": int(candidate)})
+    rows = []
+    for method in (m for m in ORDER if m in finals):
+        own = finals[method]
+        up = own[0]["higher_is_better"]
+        ood = [_ood(line["scores"]) for line in own]
+        rows.append(
+            {
+                "method": method,
+                "chosen": _chosen(method, own[0]["candidate"]),
+                "metric": own[0]["metric"],
+                "seeds": len(own),
+                "id": _figure([line["scores"]["test"] for line in own]),
+                "ood": _figure([statistics.fmean(values) for values in ood]),
+                "worst": _figure([(min if up else max)(values) for values in ood]),
+                "deviation": _figure([100 * line["deviation"] for line in own]),
+                "rate": _figure([100 * line["activation_rate"] for line in own if method in BY_LAYER]),
+                "sets": {name: _figure([line["scores"][name] for line in own]) for name in own[0]["scores"]},
+            }
+        )
+    starts = [line["zero_shot"] for line in finals.get(ADAMW, ())]
+    return [_start(rows[0], starts[0]), *rows] if starts else rows
+
+
+def _start(other: Mapping[str, Any], scores: Mapping[str, float]) -> dict[str, Any]:
+    """The row of the pre-trained model."""
+    values, none = _ood(scores), [math.nan, math.nan]
+    worst = max(values) if other["metric"] == "perplexity" else min(values)
+    single = {"id": scores["test"], "ood": statistics.fmean(values), "worst": worst}
+    return {
+        **{"method": "pre-trained", "chosen": "", "metric": other["metric"], "seeds": 1},
+        **{name: [value, math.nan] for name, value in single.items()},
+        **{"deviation": none, "rate": none},
+        "sets": {name: [value, math.nan] for name, value in scores.items()},
+    }
+
+
+def _ood(scores: Mapping[str, float]) -> list[float]:
+    return [score for name, score in scores.items() if name != "test"]
+
+
+def _chosen(method: str, candidate: int) -> str:
+    if method == WISE:
+        return f"alpha={ALPHAS[candidate]:g}"
+    (setting,) = by_name(method).candidates[candidate]
+    return setting.rpartition("spd.")[2].removeprefix("train.").removeprefix("rule_options.")
+
+
+def _figure(values: Sequence[float]) -> list[float]:
+    """Mean and standard error."""
+    if not values:
+        return [math.nan, math.nan]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return [statistics.fmean(values), error]
+
+
+def _text(figure: Sequence[float], digits: int) -> str:
+    mean, error = figure
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    digits = 1 if rows[0]["metric"] in ("accuracy", "f1") else 3
+    seeds = max(row["seeds"] for row in rows)
+    lines = [
+        f"### {SETTINGS[name].title} ({rows[0]['metric']}, {seeds} seeds, mean ± standard error)\n",
+        "| method | chosen | ID | mean OOD | worst OOD | distance from the start, % | layers pulled, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [_text(row[key], digits) for key in ("id", "ood", "worst")]
+        cells += [_text(row[key], 1) for key in ("deviation", "rate")]
+        lines.append(f"| {row['method']} | {row['chosen']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _scatter(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    pyplot = _pyplot()
+    figure, planes = pyplot.subplots(
+        1, len(found), figsize=(5.2 * len(found), 4.6), layout="constrained", squeeze=False
+    )
+    colours = dict(zip(ORDER, COLOURS, strict=True))
+    for axes, (name, rows) in zip(planes[0], found.items(), strict=True):
+        for row in rows:
+            if row["method"] == "pre-trained":
+                continue
+            (x, dx), (y, dy) = row["id"], row["ood"]
+            bars = {"xerr": None if math.isnan(dx) else dx, "yerr": None if math.isnan(dy) else dy}
+            axes.errorbar(x, y, **bars, fmt="o", capsize=3, color=colours[row["method"]], label=row["method"])
+        metric = rows[0]["metric"]
+        axes.set_xlabel(f"in-distribution {metric}")
+        axes.set_ylabel(f"mean out-of-distribution {metric}")
+        axes.set_title(SETTINGS[name].title, fontsize=11)
+        if metric == "perplexity":  # less is better: up and to the right, as with the others
+            axes.invert_xaxis()
+            axes.invert_yaxis()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = planes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _heat(name: str, finals: Lines, path: Path) -> None:
+    """Draw |w - w0| / |w0| of each layer at the end, mean over the seeds, a column per method."""
+    pyplot = _pyplot()
+    from matplotlib.colors import LogNorm
+
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for line in finals:
+        by_method.setdefault(line["key"].split(" ")[1], []).append(line["layers"])
+    methods = [m for m in ORDER if m in by_method]
+    layers = list(by_method[methods[0]][0])
+
+    def cell(layer: str, method: str) -> float:
+        pairs = [own[layer] for own in by_method[method]]
+        return statistics.fmean(100 * away / size if size else math.nan for away, size in pairs)
+
+    values = [[cell(layer, method) for method in methods] for layer in layers]
+    flat = [v for row in values for v in row if v > 0]
+    high = max(flat)
+    figure, axes = pyplot.subplots(figsize=(7.5, min(14, 1.8 + 0.16 * len(layers))), layout="constrained")
+    norm = LogNorm(vmin=max(min(flat), high / 1000), vmax=high, clip=True)
+    colours = pyplot.get_cmap("viridis").with_extremes(bad="#e8ebee")
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
+    every = max(1, -(-len(layers) // 80))
+    axes.set_yticks(range(0, len(layers), every), layers[::every], fontsize=6)
+    axes.set_xticks(range(len(methods)), methods, fontsize=8)
+    axes.set_title(SETTINGS[name].title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="distance from the start (%); grey: began at zero", shrink=0.8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,183 @@
+"""One training of the benchmark, in this process: what came out of it, as JSON has it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.robustness import language
+from benchmarks.robustness.methods import ADAMW, ALPHAS, WISE, by_name
+from benchmarks.robustness.settings import Setting
+from sharded_spd.anchors import interpolate
+from sharded_spd.anchors.reader import read_piece
+from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
+from sharded_spd.integrations.finetune.config import JobConfig, load_job
+from sharded_spd.integrations.finetune.job import quiet_libraries, run_job
+from sharded_spd.integrations.finetune.methods import Method
+from sharded_spd.integrations.finetune.pretrain import cached_checkpoint, make_checkpoint
+from sharded_spd.integrations.finetune.progress import Display
+from sharded_spd.integrations.finetune.records import Recorder
+from sharded_spd.integrations.finetune.resume import Progress
+from sharded_spd.integrations.finetune.score import Scorer
+from sharded_spd.integrations.finetune.tasks import make_task
+from sharded_spd.integrations.finetune.training import Trainer
+from sharded_spd.integrations.finetune.world import StopRequest, World
+from sharded_spd.layout import FlatRange
+
+PRETRAIN_STEPS = 600
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training: the setting, the method, its candidate, a seed; `tune`: only the validation set counts.
+
+    WiSE-FT's candidate is one of `ALPHAS`, `of` the candidate of AdamW whose weights it takes.
+    """
+
+    setting: str
+    method: str
+    candidate: int
+    seed: int
+    tune: bool
+    of: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of results."""
+        kind = "tune" if self.tune else "final"
+        return f"{self.setting} {self.method} {self.candidate} {self.seed} {kind}"
+
+    @property
+    def folder(self) -> str:
+        """Of its scratch files."""
+        return self.key.replace(" ", "-")
+
+
+def prepare(setting: Setting, folder: Path, *, steps: int = PRETRAIN_STEPS) -> list[str]:
+    """Make or find the pre-trained checkpoint; the settings that name it and its data."""
+    quiet_libraries()
+    if setting.text_model:
+        return _prepare_text(setting, folder, steps)
+    config = load_job(setting.recipe, setting.overrides)
+    pretrain = config.pretrain
+    if pretrain is None:
+        return []
+    path = cached_checkpoint(config, pretrain, ranks=1)
+    if not (path / "config.json").is_file():
+        alone, task = _alone(), make_task(config, torch.device("cpu"))
+        make_checkpoint(
+            config, pretrain, task, to=path, world=alone, stop=StopRequest(), on_step=lambda report: None
+        )
+    return ["pretrain=null", f"checkpoint={path}"]
+
+
+def _prepare_text(setting: Setting, folder: Path, steps: int) -> list[str]:
+    done = folder / "pretraining" / "checkpoints" / "adamw-seed0"
+    if not (done / "config.json").is_file():
+        language.write_data(folder)
+        language.write_model(folder / "random")
+        run_job(load_job(setting.recipe, language.pretrain_settings(folder, steps)))
+    data = [f"data.{part}={folder / f'code-{part}.jsonl'}" for part in language.PARTS]
+    return [f"checkpoint={done}", *data, f"data.ood.documentation={folder / 'docs-test.jsonl'}"]
+
+
+def _alone() -> World:
+    return World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train and score. AdamW's weights stay in `folder`, for WiSE-FT."""
+    quiet_libraries()
+    if task.method == WISE:
+        return _interpolated(task, setting, given, folder)
+    method = by_name(task.method)
+    settings = [*setting.overrides, *given, f"compare=[{method.rule}]", *method.settings]
+    if method.rule != "adamw":
+        settings.append(f"spd.rule={method.rule}")
+    if method.name == "LP-FT":
+        settings += [f"head_first.lr={setting.head_lr:g}", "head_first.batch_size=40"]
+    job = load_job(setting.recipe, [*settings, *method.candidates[task.candidate]])
+    here = folder / task.folder
+    here.mkdir(parents=True, exist_ok=True)
+    start = check_checkpoint(job.checkpoint or "", job.revision)
+    trainer = _trainer(job, start, here)
+    chosen = Method(method.rule, None if method.rule == "adamw" else job.spd_config(method.rule).weight_decay)
+    keep = here / "checkpoint"
+    if task.tune and task.method != ADAMW:
+        validation = trainer.splits(task.seed).validation
+        if validation is None:
+            raise RuntimeError(f"{setting.title}: has no validation set to tune by")
+        return {"validation": trainer.validate(chosen, task.seed, validation)}
+    result = trainer.train(chosen, task.seed, save_to=None if keep.exists() else keep)
+    layers = _layers(start, keep)
+    found = {
+        **_scores(job, keep),
+        "deviation": _whole(layers),
+        "activation_rate": result.activation_rate,
+        "seconds": result.seconds,
+        "layers": layers,
+        "zero_shot": dict(result.history[0].scores),
+    }
+    if task.method != ADAMW:
+        shutil.rmtree(here)
+    return found
+
+
+def _trainer(job: JobConfig, start: Path, here: Path) -> Trainer:
+    alone = _alone()
+    task = make_task(job, alone.device)
+    progress = Progress(here, alone)
+    return Trainer(
+        job, task, start, alone, StopRequest(), Recorder(None), Display(visible=False), progress, here
+    )
+
+
+def _scores(job: JobConfig, checkpoint: Path) -> dict[str, Any]:
+    scorer = Scorer(job)
+    found, metric = scorer.score(checkpoint), scorer.metrics[0]
+    by_set = {name: values[metric.name] for name, values in found.metrics.items()}
+    return {
+        "metric": metric.name,
+        "percent": metric.percent,
+        "higher_is_better": metric.higher_is_better,
+        "examples": scorer.sizes["validation"],
+        "validation": by_set.pop("validation"),
+        "scores": by_set,
+    }
+
+
+def _interpolated(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dict[str, Any]:
+    """AdamW's checkpoint of this seed, part of the way back; `task.candidate` counts in `ALPHAS`."""
+    job = load_job(setting.recipe, [*setting.overrides, *given])
+    start = check_checkpoint(job.checkpoint or "", job.revision)
+    end = folder / replace(task, method=ADAMW, candidate=task.of).folder / "checkpoint"
+    here = folder / task.folder
+    shutil.rmtree(here, ignore_errors=True)
+    interpolate.write(interpolate.plan(str(start), str(end)), here, ALPHAS[task.candidate])
+    layers = _layers(start, here)
+    found = {**_scores(job, here), "deviation": _whole(layers), "layers": layers}
+    shutil.rmtree(here)
+    return found
+
+
+def _layers(start: Path, end: Path) -> dict[str, tuple[float, float]]:
+    """(|w - w0|, |w0|) of each layer that both checkpoints have, in the order of the second one."""
+    found = {}
+    for pair in interpolate.plan(str(start), str(end)).pairs:
+        if pair.start is None:
+            continue
+        numel = math.prod(pair.end.shape)
+        before, after = (read_piece(t, FlatRange(0), numel=numel).double() for t in (pair.start, pair.end))
+        found[pair.end.name] = (float((after - before).norm()), float(before.norm()))
+    return found
+
+
+def _whole(layers: dict[str, tuple[float, float]]) -> float:
+    away, size = (sum(values[i] ** 2 for values in layers.values()) for i in (0, 1))
+    return math.sqrt(away / size)

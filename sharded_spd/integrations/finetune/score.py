@@ -1,0 +1,78 @@
+"""The scores of finished checkpoints on the sets of a job, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
+from sharded_spd.integrations.finetune.config import JobConfig, NamedBlock
+from sharded_spd.integrations.finetune.engines import engine_factory
+from sharded_spd.integrations.finetune.evaluate import Found, evaluate
+from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
+from sharded_spd.integrations.finetune.metrics import make_metrics
+from sharded_spd.integrations.finetune.plot import draw_path
+from sharded_spd.integrations.finetune.records import ID, Evaluation, plain_json
+from sharded_spd.integrations.finetune.stopping import VALIDATION
+from sharded_spd.integrations.finetune.tasks import make_task
+from sharded_spd.integrations.finetune.world import World, pick_device
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A checkpoint between two others, and its scores on each set."""
+
+    alpha: float
+    scores: Evaluation
+
+
+class Scorer:
+    """Scores checkpoints whose own head is for the classes of the job's data.
+
+    Raises:
+        ConfigError: what is wrong with the job, its data, or a checkpoint.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        self._device = pick_device(job.device, local_rank=0)
+        # The sets are the job's, the head the checkpoint's own.
+        self._job = replace(
+            job, engine=NamedBlock(name="single"), ranks=1, classes=(), lora=None, load="whole"
+        )
+        self._world = World(rank=0, size=1, device=self._device)
+        self._splits: Splits | None = None
+        self.sizes: dict[str, int] = {}
+        """The number of examples of each set, once something was scored."""
+        task = make_task(self._job, self._device)
+        self.metrics = make_metrics(job.metrics or task.metrics[:1], known=task.metrics)
+
+    def score(self, checkpoint: Path) -> Evaluation:
+        """All metrics of one checkpoint on the test sets, and on the validation set where there is one."""
+        job, world = self._job, self._world
+        task = make_task(job, self._device)
+        check_checkpoint(str(checkpoint), None)
+        model_config = task.model_config(checkpoint)
+        if task.new_head:
+            raise ConfigError(f"{checkpoint}: has no head for this job's data: train it first")
+        if self._splits is None:
+            self._splits = task.splits(model_config, seed=job.seeds[0])
+        splits = self._splits
+        sets: dict[str, ExampleSet] = {ID: splits.test, **splits.ood}
+        if splits.validation is not None:
+            sets[VALIDATION] = splits.validation
+        self.sizes = {name: len(data) for name, data in sets.items()}
+        loaded = task.load(checkpoint, seed=job.seeds[0], empty=False)
+        engine = engine_factory(job.engine, world, job.train)(loaded.model, None)
+        found: Found = evaluate(engine, task, sets, metrics=self.metrics, batch_size=job.eval_batch_size)
+        first = self.metrics[0].name
+        scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
+        return Evaluation(0, 0.0, scores, found)
+
+
+def write_scores(scored: Sequence[Scored], output: Path, *, metric: str, percent: bool) -> None:
+    """Write scores.json and id_ood.png of the checkpoints between two others."""
+    content = {"metric": metric, "scores": [{"alpha": s.alpha, **asdict(s.scores)} for s in scored]}
+    (output / "scores.json").write_text(plain_json(content, indent=1), encoding="utf-8")
+    draw_path([(s.alpha, s.scores) for s in scored], output / "id_ood.png", metric=metric, percent=percent)

@@ -1,0 +1,145 @@
+"""The benchmark of robustness: how it chooses, what it writes, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks.robustness import language
+from benchmarks.robustness.choose import Tuned, choose
+from benchmarks.robustness.methods import METHODS, WISE
+from benchmarks.robustness.settings import SETTINGS
+from benchmarks.robustness.summary import summarise
+from sharded_spd.integrations.finetune.config import load_job
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_choose() -> None:
+    """The strongest candidate that the validation set cannot tell from the best one."""
+    accuracy = Tuned(higher_is_better=True, examples=400, slack=None)  # at 95 %: one error is 1.09
+    assert choose({0: [95, 95], 1: [94, 94], 2: [93, 93]}, accuracy) == 1
+    assert choose({0: [90, 90], 1: [95, 95], 2: [90, 90]}, accuracy) == 1
+    assert choose({0: [10], 1: [math.nan]}, accuracy) == 0
+    perplexity = Tuned(higher_is_better=False, examples=10, slack=0.01)
+    assert choose({0: [5.0], 1: [4.96], 2: [5.02]}, perplexity) == 1
+    assert choose({0: [5.0], 1: [4.96], 2: [5.005]}, perplexity) == 2
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_candidate_is_a_job(name: str) -> None:
+    """Settings that a job does not know would be found hours later."""
+    setting = SETTINGS[name]
+    for method in METHODS:
+        assert len(method.candidates) == 4
+        for candidate in method.candidates:
+            rule = [] if method.rule == "adamw" else [f"spd.rule={method.rule}"]
+            own = [f"compare=[{method.rule}]", *method.settings, *rule, *candidate]
+            job = load_job(setting.recipe, [*setting.overrides, *own])
+            assert job.compare == (method.rule,)
+            assert job.seeds == (0,)
+
+
+def test_documentation_and_code() -> None:
+    source = (
+        '"""Of the module."""\nimport os\n\n\ndef f(x):\n    """Of f:\n\n    more."""\n    return "x", x\n'
+    )
+    docs, code = language.split(source)
+    assert docs == "Of the module.\n\nOf f:\n\nmore."
+    assert code == 'import os\ndef f(x):\n    return "x", x'
+
+
+def test_no_module_is_in_two_parts(tmp_path: Path) -> None:
+    language.write_data(tmp_path)
+    for kind in ("docs", "code"):
+        texts = [
+            {
+                json.loads(line)["text"]
+                for line in (tmp_path / f"{kind}-{part}.jsonl").read_text().splitlines()
+            }
+            for part in language.PARTS
+        ]
+        assert all(texts)
+        assert texts[0].isdisjoint(texts[1] | texts[2])
+        assert texts[1].isdisjoint(texts[2])
+        sizes = [sum(map(len, part)) for part in texts]
+        assert all(size <= most for size, most in zip(sizes, language.PARTS.values(), strict=True))
+
+
+def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means, the worst set of each seed, and standard errors, by hand."""
+
+    def line(method: str, seed: int, test: float, a: float, b: float) -> dict:
+        scores = {"test": test, "a": a, "b": b}
+        shared = {"metric": "accuracy", "higher_is_better": True, "zero_shot": {"test": 50, "a": 40, "b": 20}}
+        layers = {"x": (0.3, 1.0), "y": (0.4, 0.0)}
+        key = f"digits {method} 1 {seed} final"
+        return {
+            **shared, "key": key, "scores": scores, "deviation": 0.1 * (seed + 1), "activation_rate": 0.5,
+            "layers": layers,
+        }  # fmt: skip
+
+    lines = [line("SPD", 0, 90, 80, 70), line("SPD", 1, 94, 70, 80), line("AdamW", 0, 95, 60, 61)]
+    summarise({"digits": [*lines, {"key": "digits SPD 1 100 tune", "validation": 3}]}, tmp_path)
+    found = json.loads((tmp_path / "summary.json").read_text())["digits"]
+    assert [row["method"] for row in found] == ["pre-trained", "AdamW", "SPD"]
+    spd = found[2]
+    assert spd["id"] == [92, pytest.approx(2)]
+    assert spd["ood"] == [75, pytest.approx(0)]
+    assert spd["worst"] == [70, pytest.approx(0)]
+    assert spd["deviation"] == [pytest.approx(15), pytest.approx(5)]
+    assert spd["chosen"] == "weight_decay=4"
+    assert found[1]["rate"] == [None, None]
+    assert found[0]["worst"][0] == 20
+    assert "| SPD | weight_decay=4 | 92.0 ± 2.0 | 75.0 ± 0.0 |" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "summary.json",
+        "table.md",
+        "id_ood.png",
+        "layers-digits.png",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_smoke(tmp_path: Path) -> None:
+    """All of it at its smallest; killed in the middle, it does nothing twice."""
+    command = [sys.executable, "-m", "benchmarks.robustness", "--smoke", "--jobs", "2"]
+    where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    first = subprocess.Popen(
+        [*command, *where],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert first.stdout is not None
+    while "final" not in first.stdout.readline():
+        assert first.poll() is None
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = (tmp_path / "out" / "digits.jsonl").read_text().splitlines()
+    subprocess.run([*command, *where], cwd=ROOT, env=environment, check=True, timeout=800)
+    methods = {*(m.name for m in METHODS), WISE}
+    for name, setting in SETTINGS.items():
+        lines = (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        keys = [line["key"] for line in found]
+        assert len(keys) == len(set(keys))
+        finals = {key.split()[1] for key in keys if key.endswith("final")}
+        assert finals == (methods if setting.head else methods - {"LP-FT"})
+        assert lines[: len(before)] == before or name != "digits"
+        assert (tmp_path / "out" / f"layers-{name}.png").stat().st_size > 10_000
+    kept = tmp_path / "work" / "smoke-digits"
+    assert {path.name.split("-")[1] for path in kept.iterdir()} == {"AdamW"}
+    assert load_file(next(kept.glob("*-final")) / "checkpoint" / "model.safetensors")
