@@ -119,11 +119,14 @@ def _start(job: JobConfig, arguments: Sequence[str], resume: str | None) -> int:
 def _leave(code: int) -> None:
     """End this process. A rank that a launcher started skips the interpreter's own ending.
 
-    There gloo's threads have been seen to abort a job that was done and saved.
+    There gloo's threads have been seen to abort a job that was done and saved. A tracker that does not answer
+    may keep it from ending, too.
     """
+    from sharded_spd.integrations.finetune.tracking import left_behind
+
     sys.stdout.flush()
     sys.stderr.flush()
-    if started_as_rank():
+    if started_as_rank() or left_behind():
         os._exit(code)
     sys.exit(code)
 
@@ -145,6 +148,6 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        print(f"error: out of memory: {error}; see docs/finetune.md, Memory", file=sys.stderr)
+        print(f"error: out of memory: {error}; --dry-run says what the job takes", file=sys.stderr)
         code = 1
     _leave(code)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer.testing
+from PIL import Image
 
 from sharded_spd.cli import app as command
 from tests.job.commands import finetune
@@ -106,10 +107,12 @@ def test_arrays(say: Say, tmp_path: Path, arrays: dict[str, np.ndarray] | None, 
 
 
 def test_folder_with_another_class(say: Say, tmp_path: Path) -> None:
-    (tmp_path / "cats").mkdir()
-    text = say(f"data={{name: files, train: {tmp_path}, test: {tmp_path}}}", "compare=adamw")
-    assert "cats" in text
-    assert "no classes of the model" in text
+    for part, name in (("train", "dogs"), ("test", "dogs"), ("test", "cats")):
+        (tmp_path / part / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / part / name / "1.png")
+    sets = f"data={{name: files, train: {tmp_path / 'train'}, test: {tmp_path / 'test'}}}"
+    text = say(sets, "compare=adamw")
+    assert f"data.test: {tmp_path / 'test' / 'cats'}: the label 'cats' is none of the model's classes" in text
 
 
 def test_choosing_without_a_validation_set(say: Say, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ QUICK = ("fsdp2", "zero2", "zero3")
 SLOW = ("ddp", "fsdp1", "zero1")
 LORA = "lora={r: 4, target_modules: [q_proj, v_proj], modules_to_save: [lm_head]}"
 SHORT = "train.max_steps=3"
+FREE = ("train.max_steps=2", "train.max_grad_norm=null")
 REFERENCES = {"plain": [], "lora": [LORA, SHORT]}
 """Jobs of one process."""
 ENGINES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -169,6 +170,11 @@ def quick(lm_home: Path) -> Path:
 def slow(lm_home: Path) -> Path:
     cases = {name: [engine_setting(name)] for name in SLOW}
     cases["lora-fsdp2"] = [engine_setting("fsdp2"), LORA, SHORT]
+    for name in (*QUICK, *SLOW):
+        cases[f"free-{name}"] = [engine_setting(name), *FREE]
+        if name.startswith("zero"):
+            cases[f"free-{name}"].append("engine.settings={gradient_clipping: auto}")
+    cases["free-zero0"] = [*cases["free-zero1"], "engine.settings.zero_optimization={stage: 0}"]
     for load in ("whole", "sharded"):
         cases[f"{load}-fsdp2"] = [engine_setting("fsdp2"), f"load={load}", SHORT]
     return on_two_ranks(lm_home, cases, "slow")
@@ -189,6 +195,19 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run, "step")]
 
 
+def norms(run: Path) -> list[float]:
+    """Of the gradients, before clipping."""
+    return [line["grad_norm"] for line in metrics(run, "step")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [*QUICK, *SLOW, "zero0"])
+def test_same_norms_without_clipping(engine: str, alone: Path, run: Callable[[str], Path]) -> None:
+    """The first step's, which clipping does not change."""
+    expected = metrics(alone / "plain", "step")[0]["grad_norm"]
+    assert norms(run(f"free-{engine}"))[0] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_same_losses_on_every_engine(engine: str, alone: Path, run: Callable[[str], Path]) -> None:
     expected = losses(alone / "plain")
@@ -196,6 +215,7 @@ def test_same_losses_on_every_engine(engine: str, alone: Path, run: Callable[[st
     assert expected[-1] < 0.6 * expected[0]
     # The order of float32 sums differs between engines; a wrong mean over tokens is off by over 1e-2.
     assert losses(run(engine)) == pytest.approx(expected, abs=1e-4)
+    assert norms(run(engine)) == pytest.approx(norms(alone / "plain"), rel=1e-3)
     mine, theirs = (results(path)["trainings"][0]["history"] for path in (run(engine), alone / "plain"))
     assert [entry["step"] for entry in mine] == [0, 10, 20]
     for entry, other in zip(mine, theirs, strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sharded_spd.integrations.finetune.history import read_history
 from tests.job.commands import COMMAND, SECONDS, environment, metrics
 from tests.job.test_stopping import processes_of, wait_for
 
@@ -59,14 +60,19 @@ def undisturbed(tiny_job: Path, home: Path) -> dict[str, object]:
 
 
 def outcome(directory: Path) -> dict[str, object]:
-    """The weights of both methods, and every score of the tests."""
+    """The weights of both methods, every score of the tests, and each step's loss, each step once."""
     models = {
         method: (directory / "checkpoints" / f"{method}-seed0" / "model.safetensors").read_bytes()
         for method in ("adamw", "spd")
     }
     evaluated = {(e["method"], e["step"]): e["scores"] for e in metrics(directory, "evaluation")}
     assert len(evaluated) == 8
-    return {**models, "scores": evaluated}
+    losses = [(e["method"], e["step"], e["loss"]) for e in metrics(directory, "step")]
+    assert [step for _, step, _ in losses] == [*range(1, 61)] * 2
+    moved = [(e["method"], e["step"], e["layers"]) for e in metrics(directory, "layers")]
+    assert read_history(directory).damaged == 0
+    assert "broken off" not in (directory / "report.html").read_text()
+    return {**models, "scores": evaluated, "losses": losses, "moved": moved}
 
 
 def kill_a_rank(process: subprocess.Popen[bytes]) -> None:

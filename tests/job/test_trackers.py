@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,12 +18,12 @@ from typer.testing import CliRunner
 
 from sharded_spd.cli.app import app
 from sharded_spd.errors import ConfigError
-from sharded_spd.integrations.finetune import trackers
+from sharded_spd.integrations.finetune import trackers, tracking
 from sharded_spd.integrations.finetune.config import JobConfig, NamedBlock
 from sharded_spd.integrations.finetune.history import read_history
 from sharded_spd.integrations.finetune.page import write_report
 from sharded_spd.integrations.finetune.records import Recorder
-from sharded_spd.integrations.finetune.tracking import Tracking
+from sharded_spd.integrations.finetune.tracking import Tracking, left_behind
 from tests.job.commands import finetune, finished
 
 TAGS = {"purpose": "compare", "method": "spd", "weight_decay": 2.0, "seed": 0}
@@ -160,6 +161,79 @@ def test_a_tracker_that_fails_warns_once_and_the_rest_goes_on(
     assert sorted(read_history(tmp_path).courses[0].steps) == [1, 2, 3]
 
 
+class Stuck:
+    """A library that waits for a server."""
+
+    def __init__(self, *_: Any) -> None:
+        self.answered = threading.Event()
+        ANSWERS.append(self.answered)
+
+    def log(self, step: int, values: Any) -> None:
+        self.answered.wait(60)
+
+    def close(self) -> None:
+        return
+
+
+ANSWERS: list[threading.Event] = []
+
+
+def test_a_tracker_that_does_not_answer_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Stuck)
+    recorder = begin(tmp_path, "wandb", "tensorboard")
+    began = time.perf_counter()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        write_steps(recorder, range(1, 101))
+        recorder.close(patience=1.0)
+    assert time.perf_counter() - began < 20
+    told = [str(w.message) for w in seen if "track:" in str(w.message)]
+    assert len(told) == 1
+    assert "track: wandb does not answer (100 events wait)" in told[0]
+    assert sorted(read_history(tmp_path).courses[0].steps) == [*range(1, 101)]
+    assert left_behind()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    assert len(EventAccumulator(str(folder)).Reload().Scalars("train/loss")) == 100
+    for answered in ANSWERS:
+        answered.set()
+
+
+def test_a_full_queue_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Stuck)
+    monkeypatch.setattr(tracking, "HELD", 5)
+    recorder = begin(tmp_path, "wandb")
+    with pytest.warns(UserWarning, match="track: wandb has not taken 5 events") as seen:
+        write_steps(recorder, range(1, 30))
+    recorder.close(patience=0.0)
+    assert len(seen) == 1
+    for answered in ANSWERS:
+        answered.set()
+
+
+def test_a_run_again_keeps_each_step_once(tmp_path: Path) -> None:
+    """A line that was broken off is taken out, too; other trainings stay."""
+    first = begin(tmp_path, "jsonl")
+    write_steps(first, range(1, 6))
+    first.write("step", **{**TAGS, "method": "adamw"}, step=5)
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"event": "step", "sec')
+    second = begin(tmp_path, "jsonl")
+    second.forget(TAGS, after=3)
+    write_steps(second, range(4, 7), loss=100.0)
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step" and line["method"] == "spd"]
+    assert [line["loss"] for line in steps] == pytest.approx(LOSSES)
+    assert [line["step"] for line in lines if line["event"] == "evaluation"] == [6]
+    assert [line["method"] for line in lines].count("adamw") == 1
+    assert read_history(tmp_path).damaged == 0
+
+
 def test_unknown_names_and_missing_libraries_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean 'tensorboard'"):
         JobConfig(data=NamedBlock(name="digits"), checkpoint="x", track=("tensorbord",))
@@ -185,7 +259,7 @@ def test_the_report_of_a_broken_off_run_escapes_and_needs_no_network(tmp_path: P
     assert EVIL not in page
     assert "a &amp; &lt;b&gt;" in page
     assert "http" not in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     for text in ("zero-shot", "83.0", "did not finish", "1 line(s)", "broken off"):
         assert text in page
 

@@ -9,9 +9,9 @@ import torch
 
 from sharded_spd.integrations.finetune.config import load_job
 from sharded_spd.integrations.finetune.engines import engine_factory
+from sharded_spd.integrations.finetune.live import loads_shards
 from sharded_spd.integrations.finetune.loading import Weights
 from sharded_spd.integrations.finetune.tasks import make_task
-from sharded_spd.integrations.finetune.training import loads_shards
 from sharded_spd.integrations.finetune.world import join_world
 
 

@@ -1,5 +1,6 @@
 """Rows of files as tokens: packing, what is learned, streams, and what is wrong with a file."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.examples import global_batches, share_of_batch
 from sharded_spd.integrations.finetune.metrics import IGNORED, Outcome
+from sharded_spd.integrations.finetune.rows import read_rows
 from sharded_spd.integrations.finetune.strict import build
 from sharded_spd.integrations.finetune.text_sources import (
     LabelledFiles,
@@ -146,7 +148,11 @@ def total_tokens(data: Any) -> int:
     ("name", "content", "wanted"),
     [
         ("a.jsonl", b"", "a.jsonl is empty"),
-        ("a.jsonl", b'{"text": "x y"}\n\n{"txt": 1}\n', "a.jsonl, line 3: column 'text' has no value"),
+        (
+            "a.jsonl",
+            b'{"text": "x y"}\n\n{"txt": 1}\n',
+            "a.jsonl, line 3: none of the columns 'text'",
+        ),
         ("a.jsonl", b'{"txt": "x"}\n', "a.jsonl, line 1: none of the columns 'text', 'prompt'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl, line 2: is a JSON list; wanted an object"),
@@ -156,6 +162,26 @@ def total_tokens(data: Any) -> int:
         ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "a.jsonl, line 1: wanted a list of messages"),
         ("a.csv", b"text,b\nx y,1\n\xff\xfe,2\n", "a.csv, line 3: is not text in UTF-8"),
         ("a.csv", b"text\n", "holds nothing to learn"),
+        ("a.csv", b'text,b\n"x\ny",1\na,b,c\n', "a.csv, line 4: has 3 fields, but the header 2"),
+        ("a.csv", b'text\nx\n"y\nz\n', "a.csv, line 3: a quote is not closed"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "\\ud800"}\n',
+            "line 2: holds half of a surrogate pair",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x", "text": "y"}\n',
+            "line 1: is not JSON: the key 'text' stands twice",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}\n",
+            "line 1: is nested too deeply",
+        ),
+        ("a.jsonl", b'{"text": "x y"}\n{"text": null}\n', "a.jsonl, line 2: column 'text' has no value"),
+        ("a.json", b'{"text": "x"}\n{"text": }', "a.json, line 2: is not JSON: Expecting value"),
+        ("a.json", b'[{"text": "x"},\n{"text": }]', "a.json, line 2: is not JSON: Expecting value"),
         ("a.txt", b"\n \n", "holds nothing to learn"),
         ("a.parquet", b"PAR1 not really", "a.parquet cannot be read as parquet"),
         ("a.xml", b"<x/>", "a.xml is of an unknown or another format"),
@@ -180,6 +206,33 @@ def test_what_is_wrong_is_said_with_file_and_line(
     assert wanted in str(raised.value)
     assert str(raised.value).startswith("data.train: ")
     assert str(file) in str(raised.value)
+
+
+def test_texts_stay_as_they_are_where_other_columns_change_their_type(tmp_path: Path) -> None:
+    """In a file of several megabytes, which a library may read part by part."""
+    texts = [f'{n} the "cat"' * 10 for n in range(100_000)]
+    rows: list[dict[str, object]] = [{"text": text} for text in texts]
+    rows[90_000]["more"], rows[95_000]["more"] = 1, {"a": "b"}
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    assert file.stat().st_size > 11 << 20
+    found = list(read_rows([file], key="k", streaming=False, by="line"))
+    assert [row.values["text"] for row in found] == texts
+    assert found[-1].where == f"{file}, line 100000"
+
+
+def test_reading_asks_no_server(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no network each such question takes seconds."""
+    asked: list[Any] = []
+
+    def refuse(*place: Any, **_: Any) -> Any:
+        asked.append(place)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "the cat sees a dog"}])
+    assert len(language(file, tokenizer).test) == 1
+    assert not asked
 
 
 def test_labels_that_training_has_not_seen(tokenizer: Any, tmp_path: Path) -> None:

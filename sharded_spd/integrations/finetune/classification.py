@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sharded_spd.integrations.finetune.examples import Batch, Splits
 from sharded_spd.integrations.finetune.loading import read_config
 from sharded_spd.integrations.finetune.metrics import Outcome
 from sharded_spd.integrations.finetune.models import ModelTask
-from sharded_spd.integrations.finetune.sources import ImageSpec, load_splits
+from sharded_spd.integrations.finetune.sources import SOURCES, ImageSpec, load_splits, pick
 
 _CARRIED = ("preprocessor_config.json", "processor_config.json")
 
@@ -34,15 +34,20 @@ class ImageClassification(ModelTask):
         # Until a checkpoint says otherwise: [0, 1] becomes [-1, 1].
         self._mean = self._std = torch.tensor([0.5])
         self._loaded_from: Path | None = None
+        self._classes: tuple[str, ...] | None = None
         self._size = (224, 224)
 
     def model_config(self, directory: Path) -> Any:
-        """The checkpoint's own, with the job's classes if it names some; the preprocessing is read too."""
-        settings: dict[str, Any] = {}
-        if self._config.classes:
-            names = dict(enumerate(self._config.classes))
+        """The checkpoint's own, with other classes if its are not the data's; reads the preprocessing too."""
+        trust = self._config.trust_remote_code
+        config = read_config(directory, trust=trust)
+        if self._classes is None:
+            self._classes = self._config.classes or self._seen(config.label2id)
+            self.new_head = bool(self._classes)
+        if self._classes:
+            names = dict(enumerate(self._classes))
             settings = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-        config = read_config(directory, trust=self._config.trust_remote_code, **settings)
+            config = read_config(directory, trust=trust, **settings)
         file = directory / "preprocessor_config.json"
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -51,6 +56,14 @@ class ImageClassification(ModelTask):
                 self._std = torch.tensor(found["image_std"], dtype=torch.float32)
         self._loaded_from = directory
         return config
+
+    def _seen(self, known: Mapping[str, int]) -> tuple[str, ...]:
+        """The training set's classes; none if the checkpoint knows them all, or they are numbers."""
+        if self._config.data.name != "files":
+            return ()
+        options, _ = pick(SOURCES, self._config.data)
+        found = options.classes()
+        return () if found is None or set(found) <= set(known) else tuple(found)
 
     def add_files(self, folder: Path) -> None:
         """The preprocessing: that which the checkpoint came with, else what was done here."""

@@ -1,9 +1,8 @@
-"""Labelled images: arrays in memory or files in folders, served batch by batch as floats in [0, 1]."""
+"""Labelled images, served batch by batch as floats in [0, 1]; arrays in memory."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +12,6 @@ import torch
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.examples import Batch, ExampleSet
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class ImageSet(ExampleSet, Protocol):
@@ -68,49 +65,16 @@ class ArrayImages(Images):
         return ArrayImages(self.pixels[indices], self.labels[indices])
 
 
-@dataclass(frozen=True)
-class FolderImages(Images):
-    """Image files, decoded and resized when they are fetched."""
+def read_arrays(path: Path, *, key: str, size: tuple[int, int], channels: int) -> ArrayImages:
+    """Read the set that the setting `key` names: an `.npz` or `.safetensors` file with `images` and `labels`.
 
-    paths: Sequence[Path]
-    labels: torch.Tensor
-    size: tuple[int, int]
-    channels: int
-    lazy: bool = True
-
-    def images(self, indices: torch.Tensor) -> torch.Tensor:
-        """The images at `indices`, resized to `size` (height, width)."""
-        return torch.stack([self._read(self.paths[int(index)]) for index in indices])
-
-    def _read(self, path: Path) -> torch.Tensor:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as image:
-                shaped = image.convert("L" if self.channels == 1 else "RGB").resize(self.size[::-1])
-        except (OSError, UnidentifiedImageError) as error:
-            raise ConfigError(f"{path}: cannot be read as an image: {error}") from None
-        pixels = torch.from_numpy(np.asarray(shaped, dtype=np.float32) / 255)
-        return pixels.view(*self.size, self.channels).permute(2, 0, 1)
-
-
-def read_images(
-    path: Path, *, key: str, size: tuple[int, int], channels: int, classes: Mapping[str, int]
-) -> ImageSet:
-    """Read a set of images that the setting `key` names.
-
-    `path`: an `.npz` or `.safetensors` file with `images` and `labels`, or a folder of one folder per class.
-    `size`, `channels`: what the model takes. `classes`: the checkpoint's class names, for folders.
+    `size`, `channels`: what the model takes.
 
     Raises:
         ConfigError: the file or an array is missing, or does not fit.
     """
-    if not path.exists():
-        raise ConfigError(f"{key}: there is no {path} (relative paths start at {Path.cwd()})")
-    if path.is_dir():
-        return _read_folder(path, key=key, size=size, channels=channels, classes=classes)
     if path.suffix not in (".npz", ".safetensors"):
-        raise ConfigError(f"{key}: {path} is neither an .npz or .safetensors file nor a folder")
+        raise ConfigError(f"{key}: {path} is neither an .npz, .safetensors or .parquet file nor a folder")
     arrays = _read_arrays(path, key=key)
     for name in ("images", "labels"):
         if name not in arrays:
@@ -157,26 +121,3 @@ def _as_set(
             f"{where}: wanted uint8 images or floats in [0, 1], got values from {low:g} to {high:g}"
         )
     return ArrayImages(pixels, labels.to(torch.int64))
-
-
-def _read_folder(
-    path: Path, *, key: str, size: tuple[int, int], channels: int, classes: Mapping[str, int]
-) -> FolderImages:
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    if not names:
-        raise ConfigError(f"{key}: {path} has no subfolders; wanted one per class with its images")
-    strangers = [name for name in names if name not in classes]
-    if strangers:
-        raise ConfigError(
-            f"{key}: {path} has the subfolders {', '.join(strangers[:5])}, which are no classes of "
-            f"the model; it knows {', '.join(list(classes)[:10])}"
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    for name in names:
-        found = sorted(p for p in (path / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths += found
-        labels += [classes[name]] * len(found)
-    if not paths:
-        raise ConfigError(f"{key}: {path} has no images ({', '.join(IMAGE_SUFFIXES)}) in its subfolders")
-    return FolderImages(paths, torch.tensor(labels), size, channels)

@@ -17,6 +17,7 @@ from sharded_spd.integrations.finetune.config import FROM_CHECKPOINT, PLAIN, Job
 from sharded_spd.integrations.finetune.engines import ENGINES, check_engine
 from sharded_spd.integrations.finetune.examples import global_batches
 from sharded_spd.integrations.finetune.loading import Loaded
+from sharded_spd.integrations.finetune.machine import free_memory, own_memory
 from sharded_spd.integrations.finetune.shape import Shape, measure
 from sharded_spd.integrations.finetune.tasks import Task, make_task
 from sharded_spd.integrations.finetune.train import total_steps
@@ -63,7 +64,7 @@ def dry_run(config: JobConfig, *, ranks: int) -> None:
         "steps": f"{steps:,} of {config.train.batch_size} examples, "
         f"{config.train.gradient_accumulation} part(s) each",
         **_anchor(config, loaded, directory, split),
-        **_memory(config, shape, split),
+        **_memory(config, shape, split, ranks),
         **_time(config, shape, steps, ranks),
     }
     for key, value in rows.items():
@@ -143,7 +144,7 @@ def _stored_size(directory: Path) -> int:
     return max((dtype.itemsize for dtype in sizes if dtype is not None), default=4)
 
 
-def _memory(config: JobConfig, shape: Shape, split: Split) -> dict[str, str]:
+def _memory(config: JobConfig, shape: Shape, split: Split, ranks: int) -> dict[str, str]:
     trained, every = shape.trained, shape.parameters
     parts = {
         "weights": every * split.weight_bytes / split.weights,
@@ -151,34 +152,39 @@ def _memory(config: JobConfig, shape: Shape, split: Split) -> dict[str, str]:
         "optimizer": trained * (8 + split.master_bytes) / split.optimizer,
     }
     if split.weights > 1:
-        parts["gathered"] = shape.largest_block * (2 if config.train.precision == "bfloat16" else 4)
+        # A block and what is in none are whole while they are at work, with their gradients.
+        size = 2 if config.train.precision == "bfloat16" else 4
+        parts["gathered"] = 2 * (shape.largest_block + shape.outside) * size
+    if PLAIN in config.compare:
+        parts["adamw's start"] = trained * split.weight_bytes / split.weights
     if shape.activations is not None:
         parts["activations"] = shape.activations / (2 if config.train.precision == "bfloat16" else 1)
+    on_gpu = _on_gpu(config)
+    if not on_gpu:
+        parts["the process itself"] = own_memory()
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
     known = "" if shape.activations is not None else " and activations, which could not be told"
-    free = _free_memory(config)
+    free = float(torch.cuda.mem_get_info()[0]) if on_gpu else free_memory()
     total = sum(parts.values())
-    warning = " MORE THAN IS FREE HERE" if total > free else ""
+    warning = " MORE THAN IS FREE HERE" if total * (1 if on_gpu else ranks) > free else ""
     return {
         "memory per rank": f"about {_bytes(total)}{known} without the anchor ({listed}); "
         f"{_bytes(free)} free here{warning}"
     }
 
 
-def _free_memory(config: JobConfig) -> float:
-    if config.device != "cpu" and torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    pages: int = os.sysconf("SC_AVPHYS_PAGES")
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+def _on_gpu(config: JobConfig) -> bool:
+    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def _time(config: JobConfig, shape: Shape, steps: int, ranks: int) -> dict[str, str]:
     if shape.flops is None:
         return {"time": "could not be told"}
-    cuda = config.device != "cpu" and torch.cuda.is_available()
+    on_gpu = _on_gpu(config)
     dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-    rate = multiplication_rate(torch.device("cuda" if cuda else "cpu"), dtype)
-    per_rank = rate if cuda else rate / ranks  # the ranks share this machine's processor
+    per_rank = multiplication_rate(torch.device("cuda" if on_gpu else "cpu"), dtype)
+    if not on_gpu:  # the ranks share this machine's processor, in which this process has some threads
+        per_rank *= min(1.0, (os.cpu_count() or 1) / (ranks * torch.get_num_threads()))
     trainings = len(config.compare) * len(config.seeds)
     one = steps * config.train.gradient_accumulation * shape.flops / (per_rank * USED)
     return {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -111,12 +112,23 @@ class Engine(ABC):
         """Form the gradients of `loss`; after the `last` part of a step they are averaged over the ranks."""
         loss.backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
-        """Clip, step and clear the gradients."""
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> Any:
+        """Clip, step and clear the gradients; their norm before clipping, a number or a 0-d tensor.
+
+        Collective where a rank has a part of the gradients only.
+        """
+        norm = self.clip(math.inf if max_grad_norm is None else max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        return norm
+
+    def clip(self, most: float) -> Any:
+        """Clip the gradients to the norm `most`, and return what it was. Collective as in `step`."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if most < math.inf:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+        return norm
 
     def after_evaluation(self) -> None:
         """Put the parameters back as training wants them after a forward without gradients."""
@@ -126,19 +138,27 @@ class Engine(ABC):
         """Every tensor of the model that is saved, to be gathered one by one. Collective."""
         return wholes(self.model)
 
-    def squared_distance(self, start: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-        """|w - start|^2 and |start|^2 over the whole model, collective; `start` is from `local_copy`."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for name, tensor in self.local_tensors().items():
+    def squared_distances(self, start: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+        """|w - start|^2 and |start|^2 of each layer in `start`, from `local_copy`. Collective.
+
+        A layer is whatever the engine has as one parameter: a flat one where it makes one of many.
+        """
+        sums = torch.zeros(len(start), 2, dtype=torch.float64, device=self.world.device)
+        for own, (name, tensor) in zip(sums, self._trained(), strict=True):
             before = start[name].double()
-            own = torch.stack([(tensor.double() - before).square().sum(), before.square().sum()])
-            sums += own.to(sums.device)  # offloaded shards are on the host
-        distance, size = self.sum_over_shards(sums).tolist()
-        return distance, size
+            # Offloaded shards are on the host.
+            own[0] = (tensor.double() - before).square().sum().to(sums.device)
+            own[1] = before.square().sum().to(sums.device)
+        found = self.sum_over_shards(sums).tolist()
+        return {name: (distance, size) for name, (distance, size) in zip(start, found, strict=True)}
 
     def local_copy(self) -> dict[str, torch.Tensor]:
-        """A copy of what this rank holds of each parameter."""
-        return {name: tensor.clone() for name, tensor in self.local_tensors().items()}
+        """A copy of what this rank holds of each parameter that is trained."""
+        return {name: tensor.clone() for name, tensor in self._trained()}
+
+    def _trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        held = self.local_tensors()
+        return ((name, held[name]) for name, p in self.named_model.named_parameters() if p.requires_grad)
 
     def local_tensors(self) -> dict[str, torch.Tensor]:
         """What this rank holds of each parameter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -111,6 +112,16 @@ class FSDP2(Engine):
     def autocast(self) -> AbstractContextManager[Any]:
         """The mixed precision of FSDP itself."""
         return nullcontext()
+
+    def clip(self, most: float) -> Any:
+        """Of all shards together; offloaded ones are on the host, where a GPU's collectives do not reach."""
+        gradients = [_local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        own = nn.utils.get_total_norm(gradients).double().square()
+        norm = self.world.sum_(own.to(self.world.device)).sqrt()
+        if most < math.inf and gradients:
+            share = (most / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device)
+            torch._foreach_mul_(gradients, share)
+        return norm
 
     def after_evaluation(self) -> None:
         """Reshard: a forward without a backward leaves the root whole."""

@@ -40,13 +40,10 @@ class FairscaleFSDPOptions:
 class _Flat(Engine):
     """What both have in common: every rank holds a part of each flat tensor, and the wrapper clips."""
 
-    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
-        """Clip over all ranks, step and clear the gradients."""
-        if max_grad_norm is not None:
-            wrapper: Any = self.model
-            wrapper.clip_grad_norm_(max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    def clip(self, most: float) -> Any:
+        """The wrapper's own, over all ranks; to infinity it changes nothing. Collective."""
+        wrapper: Any = self.model
+        return wrapper.clip_grad_norm_(most)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The mixed precision of the wrapper itself."""

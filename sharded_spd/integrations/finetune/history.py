@@ -12,7 +12,7 @@ from typing import Any
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.records import Evaluation, TrainingResult
-from sharded_spd.integrations.finetune.tracking import title_of
+from sharded_spd.integrations.finetune.tracking import method_of, title_of
 
 
 @dataclass
@@ -29,6 +29,11 @@ class Course:
     def title(self) -> str:
         """As trackers have it."""
         return title_of(self.tags)
+
+    @property
+    def method(self) -> str:
+        """The title without the seed."""
+        return method_of(self.tags)
 
     def forget_after(self, step: int) -> None:
         """A resumed training takes its steps from here on again."""

@@ -29,7 +29,7 @@ from sharded_spd.integrations.finetune.resume import Progress, find_run
 from sharded_spd.integrations.finetune.select import choose_strength
 from sharded_spd.integrations.finetune.tasks import make_task
 from sharded_spd.integrations.finetune.trackers import check_trackers
-from sharded_spd.integrations.finetune.tracking import Tracking
+from sharded_spd.integrations.finetune.tracking import HURRY, PATIENCE, Tracking
 from sharded_spd.integrations.finetune.train import StepReport, total_steps
 from sharded_spd.integrations.finetune.training import Trainer
 from sharded_spd.integrations.finetune.world import (
@@ -135,9 +135,17 @@ class _Job:
 
     def run(self) -> int:
         """Every stage in order; a stop in any of them keeps what is finished."""
+        try:
+            with self._noted_warnings():
+                return self._run()
+        except BaseException:
+            self.recorder.fail()
+            raise
+
+    def _run(self) -> int:
         stopped, kept, can_go_on = False, None, False
         trainer: Trainer | None = None
-        with self.display as display, self._noted_warnings():
+        with self.display as display:
             try:
                 display.say(f"{'Going on in' if self.resumed else 'Writing to'} {self.directory}")
                 self._begin()
@@ -184,7 +192,8 @@ class _Job:
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
             shown(message, category, *rest, **named)
-            self.recorder.write("warning", text=f"{category.__name__}: {message}")
+            if not issubclass(category, (DeprecationWarning, FutureWarning)):  # libraries about each other
+                self.recorder.write("warning", text=f"{category.__name__}: {message}")
 
         warnings.showwarning = show
         try:
@@ -290,7 +299,7 @@ class _Job:
             peak_memory=peak_memory(self.world.device),
             trainings=[asdict(r) | {"history": None} for r in self.results],
         )
-        self.recorder.close()
+        self.recorder.close(patience=PATIENCE if complete else HURRY)
         if self.world.main:
             self._report()
 

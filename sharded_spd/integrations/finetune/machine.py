@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,3 +41,21 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["device_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     return found
+
+
+def own_memory() -> float:
+    """Bytes that this process holds now, libraries included."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux
+        return peak_memory(torch.device("cpu"))["host_gib"] * 2**30
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def free_memory() -> float:
+    """Bytes of the machine that a process can have, what is kept of files included."""
+    try:
+        known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return float(known["MemAvailable"].split()[0]) * 2**10
+    except (OSError, KeyError):  # no Linux
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sharded_spd.integrations.finetune.history import Course, History, read_history
-from sharded_spd.integrations.finetune.plot import draw, draw_layers, draw_rates
-from sharded_spd.integrations.finetune.records import ID, TrainingResult
+from sharded_spd.integrations.finetune.plot import draw, draw_layers, draw_rates, draw_training, largest
+from sharded_spd.integrations.finetune.records import ID, Evaluation, TrainingResult
 from sharded_spd.integrations.finetune.report import Column, compared, differences
 from sharded_spd.integrations.finetune.tracking import flat
 
@@ -27,7 +27,8 @@ main{max-width:1040px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:25px;margin:0 0 2px;overflow-wrap:anywhere} h2{font-size:18px;margin:0 0 12px}
 p{margin:6px 0} .soft{color:var(--soft)}
 section{background:#fff;border:1px solid var(--line);border-radius:8px;padding:18px 20px;margin-top:18px}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
+.wide{overflow-x:auto;margin-top:10px}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
 td,th{padding:5px 14px 5px 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 td{white-space:nowrap} td:first-child,th:first-child{text-align:left} th{font-weight:600;color:var(--soft)}
 table.facts td{text-align:left;white-space:normal;overflow-wrap:anywhere}
@@ -89,28 +90,35 @@ def _draw_all(history: History, columns: Sequence[Column]) -> list[tuple[str, Pa
         path = directory / "id_ood.png"
         draw(columns, path, metric=metric, percent=percent)
         pictures.append(("In and out of distribution", path))
-    rates = {
-        course.title: [
-            (step, float(found["activation_rate"]))
-            for step, found in sorted(course.steps.items())
-            if found.get("activation_rate") is not None
-        ]
-        for course in history.compared()
-    }
-    if any(rates.values()):
+    methods = list(dict.fromkeys(course.method for course in history.compared()))
+    losses, norms, rates = (_lines(history, key) for key in ("loss", "grad_norm", "activation_rate"))
+    if losses:
+        path = directory / "training.png"
+        draw_training(losses, norms, path, methods=methods)
+        pictures.append(("Training", path))
+    if rates:
         path = directory / "activation.png"
-        draw_rates({title: points for title, points in rates.items() if points}, path)
+        draw_rates(rates, path, methods=methods)
         pictures.append(("Layers pulled per step", path))
-    seen: set[tuple[str, Any]] = set()
-    for course in history.compared():
-        method = (course.tags["method"], course.tags["weight_decay"])
-        if not course.layers or method in seen:  # the first seed of each method
-            continue
-        path = directory / ("layers.png" if not seen else f"layers-{len(seen) + 1}.png")
-        seen.add(method)
-        draw_layers(course.layers, path, title=f"{course.title}: distance of each layer from its start")
+    first = {course.method: course for course in reversed(history.compared()) if course.layers}
+    most = max((largest(course.layers) for course in first.values()), default=0.0)
+    for number, course in enumerate(reversed(first.values()), start=1):  # the first seed of each method
+        path = directory / ("layers.png" if number == 1 else f"layers-{number}.png")
+        title = f"{course.title}: distance of each layer from its start"
+        draw_layers(course.layers, path, title=title, most=most)
         pictures.append((f"Layers over depth and time: {course.title}", path))
     return pictures
+
+
+def _lines(history: History, key: str) -> list[tuple[str, list[tuple[int, float]]]]:
+    """A figure of each step, by training; without those that have none."""
+    found = []
+    for course in history.compared():
+        steps = sorted(course.steps.items())
+        points = [(step, float(own[key])) for step, own in steps if own.get(key) is not None]
+        if points:
+            found.append((course.method, points))
+    return found
 
 
 def _subtitle(history: History) -> str:
@@ -182,7 +190,29 @@ def _results(columns: Sequence[Column], history: History) -> str:
     spread = f"; mean ± standard error over {seeds} seeds" if seeds > 1 else ""
     note = f"{metric}{' in %' if percent else ''}{spread}"
     after = "".join(f"<p>{escape(line)}</p>" for line in differences(columns, digits=digits))
-    return f'<p class="soft">{escape(note)}</p>{_table(head, rows)}{after}'
+    return f'<p class="soft">{escape(note)}</p>{_table(head, rows)}{after}{_all_metrics(columns)}'
+
+
+def _all_metrics(columns: Sequence[Column]) -> str:
+    """Every metric of every set at the end, where there are several."""
+    found = columns[-1].last(columns[-1].runs[0]).metrics
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
+    if len(names) < 2:
+        return ""
+    rows = [
+        [
+            column.title,
+            data,
+            *(column.figure(lambda e, d=data, n=n: _metric(e, d, n)).text(3) for n in names),  # type: ignore[misc]
+        ]
+        for column in columns
+        for data in found
+    ]
+    return _table(["method", "set", *names], rows)
+
+
+def _metric(found: Evaluation, data: str, name: str) -> float:
+    return found.metrics.get(data, {}).get(name, math.nan)
 
 
 def _picture(path: Path, title: str) -> str:
@@ -193,6 +223,7 @@ def _picture(path: Path, title: str) -> str:
 def _layers(course: Course) -> str:
     last = course.layers[max(course.layers)]
     moments = list(course.layers.values())
+    ruled = any("s" in layer for layer in last.values())
 
     def row(name: str) -> list[str]:
         own = [moment[name] for moment in moments if name in moment]
@@ -202,13 +233,14 @@ def _layers(course: Course) -> str:
             name,
             "-" if relative is None else f"{100 * relative:.2f} %",
             "-" if away is None else f"{away:.4g}",
-            f"{100 * pulled:.0f} %",
+            *([f"{100 * pulled:.0f} %"] if ruled else []),
         ]
 
     names = sorted(last, key=lambda name: -(last[name].get("deviation_rel") or 0.0))[:MOST_LAYERS]
-    note = f"The {len(names)} of {len(last)} layers that moved most by step {max(course.layers)}; "
-    note += f"pulled: in how many of the {len(moments)} steps that were written down."
-    head = ["layer", "distance / size", "distance", "pulled"]
+    note = f"The {len(names)} of {len(last)} layers that moved most by step {max(course.layers)}"
+    if ruled:
+        note += f"; pulled: in how many of the {len(moments)} steps that were written down"
+    head = ["layer", "distance / size", "distance", *(["pulled"] if ruled else [])]
     return f'<p class="soft">{escape(note)}</p>{_table(head, map(row, names))}'
 
 
@@ -219,7 +251,7 @@ def _trainings(history: History) -> str:
         rate = "-" if result.activation_rate is None else f"{100 * result.activation_rate:.1f} %"
         moved = "-" if math.isnan(result.deviation) else f"{100 * result.deviation:.2f} %"
         loss = _last_loss(course)
-        speed = "-" if math.isnan(result.samples_per_second) else f"{result.samples_per_second:.0f}"
+        speed = "-" if math.isnan(result.samples_per_second) else f"{result.samples_per_second:.3g}"
         steps = str(max(course.steps, default=0))
         rows.append([course.title, steps, loss, moved, rate, speed, _duration(result.seconds)])
     if not rows:

@@ -116,27 +116,70 @@ def plain_text(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw_rates(courses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """Draw the share of layers that were pulled, by step, one line per training."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8.5, 3.2), layout="constrained")
-    for index, (title, points) in enumerate(courses.items()):
-        steps, rates = [s for s, _ in points], [100 * r for _, r in points]
-        colour = _COLOURS[index % len(_COLOURS)]
-        marker = "o" if len(points) == 1 else None
-        axes.plot(steps, rates, marker=marker, linewidth=1.2, color=colour, label=plain_text(title))
+Lines = Sequence[tuple[str, Sequence[tuple[int, float]]]]
+"""The points of each training by step, under the name of its method."""
+
+
+def _lines(axes: Any, lines: Lines, methods: Sequence[str]) -> None:
+    """One line per training, in its method's colour; a method has one entry in the legend."""
+    named: set[str] = set()
+    for method, points in lines:
+        if not points:
+            continue
+        axes.plot(
+            [step for step, _ in points],
+            [value for _, value in points],
+            marker="o" if len(points) == 1 else None,
+            linewidth=1.2,
+            color=_COLOURS[methods.index(method) % len(_COLOURS)],
+            label=None if method in named else plain_text(method),
+        )
+        named.add(method)
     axes.set_xlabel("step")
-    axes.set_ylabel("layers pulled (%)")
-    axes.set_ylim(-2, 102)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_rates(lines: Lines, path: Path, *, methods: Sequence[str]) -> None:
+    """Draw the share of layers that were pulled, by step; `methods`: all of the run, in their order."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8.5, 3.2), layout="constrained")
+    _lines(axes, [(m, [(step, 100 * rate) for step, rate in points]) for m, points in lines], methods)
+    axes.set_ylabel("layers pulled (%)")
+    axes.set_ylim(-2, 102)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def draw_layers(moments: Mapping[int, Mapping[str, Mapping[str, float]]], path: Path, *, title: str) -> None:
-    """Draw |w - w0| / |w0| in % of each layer, the first layer of the model on top, by step."""
+def draw_training(losses: Lines, norms: Lines, path: Path, *, methods: Sequence[str]) -> None:
+    """Draw the loss and the norm of the gradients by step."""
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 3.4), layout="constrained")
+    _lines(left, losses, methods)
+    _lines(right, norms, methods)
+    left.set_ylabel("loss")
+    right.set_ylabel("norm of the gradients")
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+Layers = Mapping[int, Mapping[str, Mapping[str, float]]]
+"""By step, then by layer."""
+
+
+def largest(moments: Layers) -> float:
+    """The largest |w - w0| / |w0| of any layer at any time, in %."""
+    every = (_percent(layer) for found in moments.values() for layer in found.values())
+    return max((value for value in every if value == value), default=0.0)
+
+
+def draw_layers(moments: Layers, path: Path, *, title: str, most: float) -> None:
+    """Draw |w - w0| / |w0| in % of each layer, the first layer of the model on top, by step.
+
+    `most`: the end of the scale of colours.
+    """
     pyplot = _pyplot()
     from matplotlib.colors import PowerNorm
 
@@ -148,9 +191,8 @@ def draw_layers(moments: Mapping[int, Mapping[str, Mapping[str, float]]], path: 
     )
     # By the root: a few layers move far more than the rest.
     colours = pyplot.get_cmap("viridis").with_extremes(bad="#e8ebee")
-    image = axes.imshow(
-        values, aspect="auto", interpolation="nearest", cmap=colours, norm=PowerNorm(0.5, vmin=0)
-    )
+    scale = PowerNorm(0.5, vmin=0, vmax=most or 1)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, norm=scale)
     every = max(1, -(-len(names) // 80))
     axes.set_yticks(range(0, len(names), every), [plain_text(n) for n in names[::every]], fontsize=6)
     shown = range(0, len(steps), max(1, -(-len(steps) // 10)))

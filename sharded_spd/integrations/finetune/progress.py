@@ -90,7 +90,7 @@ class Display:
             figures.append(f"pulled {activation_rate:.0%}")
         if deviation is not None:
             figures.append(f"moved {deviation:.1%}")
-        figures.append(f"{report.samples_per_second:.0f}/s")
+        figures.append(f"{report.samples_per_second:.3g}/s")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, figures=figures)
         elif time.monotonic() - self._last_line > PLAIN_SECONDS:

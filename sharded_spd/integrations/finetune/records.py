@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sharded_spd.integrations.finetune.tracking import Tracking
+from sharded_spd.integrations.finetune.tracking import PATIENCE, Tracking
 
 ID = "test"
 """The name of the in-distribution test set among the scores."""
@@ -106,25 +108,61 @@ def plain_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent)
 
 
+_RETAKEN = frozenset({"step", "layers", "evaluation", "stopped early", "trained"})
+"""Events of a training that it writes again where it is resumed."""
+
+
 class Recorder:
     """Writes `metrics.jsonl` line by line; without a directory, as on all ranks but the main one, nothing."""
 
     def __init__(self, directory: Path | None, tracking: Tracking | None = None) -> None:
         self._began = time.perf_counter()
-        self._tracking = tracking
-        self._file = None if directory is None else open(directory / "metrics.jsonl", "a", encoding="utf-8")
+        self._tracking, self._lock = tracking, threading.RLock()
+        self._path = None if directory is None else directory / "metrics.jsonl"
+        self._again = self._path is not None and self._path.is_file()
+        self._file = None if self._path is None else open(self._path, "a", encoding="utf-8")
+        if self._again:
+            self._rewrite(lambda entry: True)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line, flushed, so that a run that dies leaves what it knew."""
-        if self._file is not None:
-            seconds = round(time.perf_counter() - self._began, 3)
-            try:
-                self._file.write(plain_json({"event": event, "seconds": seconds, **fields}) + "\n")
-                self._file.flush()
-            except OSError as error:
-                self._give_up(error)
+        with self._lock:  # a tracker's thread may warn
+            if self._file is not None:
+                seconds = round(time.perf_counter() - self._began, 3)
+                try:
+                    self._file.write(plain_json({"event": event, "seconds": seconds, **fields}) + "\n")
+                    self._file.flush()
+                except OSError as error:
+                    self._give_up(error)
         if self._tracking is not None:
             self._tracking.record(event, fields)
+
+    def forget(self, tags: Mapping[str, Any], *, after: int) -> None:
+        """Take out what a resumed run had written of a training after this step, since it takes it again."""
+        if self._again:
+            self._rewrite(
+                lambda entry: (
+                    entry.get("event") not in _RETAKEN
+                    or any(entry.get(key) != value for key, value in tags.items())
+                    or entry.get("step", math.inf) <= after
+                )
+            )
+
+    def _rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Keep only such lines, without one that was broken off; written beside and renamed."""
+        if self._file is None or self._path is None:
+            return
+        try:
+            with self._lock:
+                beside = self._path.with_suffix(".part")
+                with open(self._path, encoding="utf-8", errors="replace") as old:
+                    with open(beside, "w", encoding="utf-8") as new:
+                        new.writelines(line for line in old if _is_kept(line, keep))
+                self._file.close()
+                os.replace(beside, self._path)
+                self._file = open(self._path, "a", encoding="utf-8")
+        except OSError as error:
+            self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
         """Without a place for its lines a training still goes on."""
@@ -134,12 +172,27 @@ class Recorder:
                 file.close()
         warnings.warn(f"metrics.jsonl gets no more lines: {error.strerror}", stacklevel=3)
 
-    def close(self) -> None:
-        """Close the file and the trackers."""
+    def fail(self) -> None:
+        """Give trackers the moment that is left before a run that failed is ended."""
         if self._tracking is not None:
-            self._tracking.close()
-        if self._file is not None:
-            self._file.close()
+            self._tracking.drain(patience=3.0)
+
+    def close(self, *, patience: float = PATIENCE) -> None:
+        """Close the trackers, which have `patience` seconds for it, and the file."""
+        if self._tracking is not None:
+            self._tracking.close(patience=patience)
+        with self._lock:
+            file, self._file = self._file, None
+            if file is not None:
+                file.close()
+
+
+def _is_kept(line: str, keep: Callable[[Mapping[str, Any]], bool]) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line.endswith("\n")  # damaged in some other way: the report counts it
+    return not isinstance(entry, dict) or keep(entry)
 
 
 def new_directory(wanted: str) -> Path:

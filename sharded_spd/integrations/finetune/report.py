@@ -70,7 +70,7 @@ def print_summary(console: Console, columns: Sequence[Column], *, metric: str, p
     )
     table.add_row("layers pulled per step", *(_over_runs(c, _rate, "%") for c in columns))
     table.add_row(
-        "examples per second", *(_over_runs(c, lambda r: r.samples_per_second, "", 0) for c in columns)
+        "examples per second", *(_over_runs(c, lambda r: r.samples_per_second, "", ".3g") for c in columns)
     )
     console.print(table)
     for line in differences(columns, digits=digits):
@@ -115,11 +115,11 @@ def _signed(figure: Figure, digits: int) -> str:
     return text if figure.mean < 0 or math.isnan(figure.mean) else f"+{text}"
 
 
-def _over_runs(column: Column, value: Callable[[TrainingResult], float], unit: str, digits: int = 1) -> str:
+def _over_runs(column: Column, value: Callable[[TrainingResult], float], unit: str, form: str = ".1f") -> str:
     if column.zero_shot:
         return "-"
     mean = Figure.of([value(run) for run in column.runs]).mean
-    return "-" if math.isnan(mean) else f"{mean:.{digits}f}{unit and ' ' + unit}"
+    return "-" if math.isnan(mean) else f"{mean:{form}}{unit and ' ' + unit}"
 
 
 def write_results(

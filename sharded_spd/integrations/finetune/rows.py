@@ -1,17 +1,21 @@
-"""Rows of the user's files, read by the `datasets` library, and where in which file each of them stands."""
+"""Rows of the user's files, and where in which file each of them stands.
+
+Parquet, CSV and plain text are read by the `datasets` library. JSON is not: where a type changes within a
+file it turns all texts of that part into JSON again, quotation marks included.
+"""
 
 from __future__ import annotations
 
 import csv
 import glob
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sharded_spd.errors import ConfigError
+from sharded_spd.integrations.finetune.lines import first_fault, json_rows, separator
 
 FORMATS = {
     ".jsonl": "json",
@@ -74,7 +78,7 @@ def find_files(path: str, *, key: str) -> list[Path]:
 
 
 def read_rows(files: Sequence[Path], *, key: str, streaming: bool, by: By) -> Iterator[Row]:
-    """The rows of all files, one after the other; `datasets` keeps them on disk, or reads as it goes.
+    """The rows of all files, one after the other; `datasets` keeps its own on disk, or reads as it goes.
 
     `by`: what a row of plain text is. Rows of nothing but white space are left out.
 
@@ -82,7 +86,8 @@ def read_rows(files: Sequence[Path], *, key: str, streaming: bool, by: By) -> It
         ConfigError: a file that cannot be read; with the line, where it can be told.
     """
     for file in files:
-        number, rows = -1, iter(_open(file, key=key, streaming=streaming, by=by))
+        number = -1
+        rows = json_rows(file) if FORMATS[file.suffix] == "json" else iter(_open(file, key, streaming, by))
         while True:
             try:
                 values = next(rows)
@@ -91,8 +96,9 @@ def read_rows(files: Sequence[Path], *, key: str, streaming: bool, by: By) -> It
             except Exception as error:  # datasets passes on what each of its readers raises
                 raise _unreadable(file, key, error) from None
             number += 1
-            if not (values.keys() == {"text"} and not str(values["text"] or "").strip() and by != "line"):
-                yield Row(values, file, number, by)
+            if FORMATS[file.suffix] == "text" and by != "line" and not values["text"].strip():
+                continue
+            yield Row(values, file, number, by)
 
 
 def value_of(row: Row, column: str, *, key: str, kind: type[Any] | tuple[type[Any], ...]) -> Any:
@@ -125,12 +131,14 @@ def import_datasets() -> Any:
         raise ConfigError(
             f"data: reading files of text needs {error.name}; pip install 'sharded_spd[job]' brings it"
         ) from None
+    # It asks a server to count each reading of a local file, and waits for seconds where there is no network.
+    found.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     found.disable_progress_bars()
     found.logging.set_verbosity(found.logging.CRITICAL)
     return found
 
 
-def _open(file: Path, *, key: str, streaming: bool, by: By) -> Any:
+def _open(file: Path, key: str, streaming: bool, by: By) -> Any:
     kind = FORMATS[file.suffix]
     options: dict[str, Any] = {}
     if kind == "text":
@@ -145,38 +153,19 @@ def _open(file: Path, *, key: str, streaming: bool, by: By) -> Any:
             kind, data_files=[str(file)], split="train", streaming=streaming, **options
         )
     except Exception as error:  # as above
-        if "no data" in str(error):  # a header and nothing else
+        if "no data" in str(error) or "BatchSize" in str(error):  # a header, or a schema, and nothing else
             return []
         raise _unreadable(file, key, error) from None
 
 
 def _unreadable(file: Path, key: str, error: BaseException) -> ConfigError:
-    fault = _first_fault(file)
+    fault = first_fault(file)
     if fault is not None:
         return ConfigError(f"{key}: {file}, {fault}")
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
     return ConfigError(f"{key}: {file} cannot be read as {FORMATS[file.suffix]}: {text:.300}")
-
-
-def _first_fault(file: Path) -> str | None:
-    """The first line that is no text, or no JSON object in a file of such lines."""
-    by_line = file.suffix in (".jsonl", ".ndjson")
-    if FORMATS[file.suffix] == "parquet":
-        return None
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = line.decode("utf-8")
-                found = json.loads(text) if by_line and text.strip() else {}
-            except UnicodeDecodeError as error:
-                return f"line {number}: is not text in UTF-8: {error.reason} at byte {error.start + 1}"
-            except ValueError as error:
-                return f"line {number}: is not JSON: {error}"
-            if not isinstance(found, dict):
-                return f"line {number}: is a JSON {type(found).__name__}; wanted an object"
-    return None
 
 
 def _place(file: Path, number: int, by: str) -> str:
@@ -187,7 +176,7 @@ def _place(file: Path, number: int, by: str) -> str:
             return f"line {next((at for row, at in enumerate(full) if row == number), number + 1)}"
     if FORMATS[file.suffix] == "csv":
         with open(file, encoding="utf-8", errors="replace", newline="") as lines:
-            reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+            reader = csv.reader(lines, delimiter=separator(file))
             row = -2  # the header is no row
             for cells in reader:
                 row += bool(cells)

@@ -20,12 +20,14 @@ from sharded_spd.integrations.finetune.tasks import Task
 class Shape:
     """Parameters, and what one part of a step takes on one rank; None where it cannot be told.
 
-    `activations`: bytes kept for the backward in float32. `flops`: of forward and backward.
+    `outside`: parameters in no block, such as embeddings. `activations`: bytes kept for the backward in
+    float32. `flops`: of forward and backward.
     """
 
     parameters: int
     trained: int
     largest_block: int
+    outside: int
     activations: float | None
     flops: float | None
 
@@ -34,12 +36,14 @@ def measure(task: Task, model: nn.Module, batch: Batch) -> Shape:
     """The shape of a training step on `batch`; `model` is left on the meta device."""
     every = list(model.parameters())
     blocks = blocks_of(model, ())
-    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    total = sum(p.numel() for p in every)
     activations, flops = _pass(task, model, batch)
     return Shape(
-        sum(p.numel() for p in every),
+        total,
         sum(p.numel() for p in every if p.requires_grad),
-        largest or sum(p.numel() for p in every),
+        max(sizes, default=total),
+        max(0, total - sum(sizes)) if sizes else 0,
         activations,
         flops,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -108,13 +109,12 @@ class FairscaleOSS(_Shares):
             )
         return whole
 
-    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> Any:
         """Clip, step and clear the gradients; the sharded wrapper leaves a rank those of its share only."""
         if not self.options_given.sharded_ddp:
-            super().step(optimizer, max_grad_norm=max_grad_norm)
-            return
+            return super().step(optimizer, max_grad_norm=max_grad_norm)
         whole: Any = optimizer
-        if max_grad_norm is not None:
-            whole.clip_grad_norm(max_grad_norm)
+        norm = whole.clip_grad_norm(math.inf if max_grad_norm is None else max_grad_norm)
         whole.step()
         self.model.zero_grad()  # in the wrapper's buffers, which the optimizer's would take them out of
+        return norm

@@ -12,8 +12,16 @@ import torch
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.config import NamedBlock
 from sharded_spd.integrations.finetune.corruptions import seven_corruptions
-from sharded_spd.integrations.finetune.data import ArrayImages, Images, ImageSet, read_images
+from sharded_spd.integrations.finetune.data import ArrayImages, Images, ImageSet, read_arrays
 from sharded_spd.integrations.finetune.examples import Splits
+from sharded_spd.integrations.finetune.image_files import (
+    Columns,
+    class_folders,
+    is_table,
+    read_folder,
+    read_table,
+    table_classes,
+)
 from sharded_spd.integrations.finetune.strict import build, choice, wrong
 
 L = TypeVar("L")
@@ -58,9 +66,10 @@ class DigitsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesOptions:
-    """The user's sets: `.npz` or `.safetensors` files with `images` and `labels`, or folders of classes.
+    """The user's sets: folders of classes, parquet files, or arrays in `.npz` or `.safetensors` files.
 
-    `train_images`: draw only that many of `train`, another draw per seed (all if null).
+    `train_images`: draw only that many of `train`, another draw per seed (all if null). `image`, `label`: the
+    columns of parquet files.
     """
 
     train: str
@@ -68,6 +77,25 @@ class FilesOptions:
     validation: str | None = None
     ood: Mapping[str, str] = field(default_factory=dict)
     train_images: int | None = None
+    image: str = "image"
+    label: str = "label"
+
+    @property
+    def columns(self) -> Columns:
+        """Of parquet files."""
+        return Columns(self.image, self.label)
+
+    def classes(self) -> list[str] | None:
+        """Those of the training set by name, in order; None where it has numbers only."""
+        path = Path(self.train)
+        if path.is_dir() and not is_table(self.train):
+            return [folder.name for folder in class_folders(path, key="data.train")]
+        if not is_table(self.train):
+            return None
+        found = table_classes(self.train, key="data.train", columns=self.columns)
+        if all(isinstance(label, int) for label in found):
+            return None
+        return sorted(str(label) for label in found)
 
 
 def load_splits(block: NamedBlock, *, spec: ImageSpec, seed: int) -> Splits:
@@ -132,9 +160,7 @@ def _digits(options: DigitsOptions, spec: ImageSpec, seed: int) -> Splits:
 
 def _files(options: FilesOptions, spec: ImageSpec, seed: int) -> Splits:
     def read(path: str, key: str) -> ImageSet:
-        found = read_images(
-            Path(path), key=f"data.{key}", size=spec.size, channels=spec.channels, classes=spec.classes
-        )
+        found = _read(options, path, f"data.{key}", spec)
         _check_labels(found, key=f"data.{key}", path=path, classes=len(spec.classes))
         return found
 
@@ -149,6 +175,17 @@ def _files(options: FilesOptions, spec: ImageSpec, seed: int) -> Splits:
         validation=None if options.validation is None else read(options.validation, "validation"),
         ood={name: read(path, f"ood.{name}") for name, path in options.ood.items()},
     )
+
+
+def _read(options: FilesOptions, path: str, key: str, spec: ImageSpec) -> ImageSet:
+    fits: dict[str, Any] = {"key": key, "size": spec.size, "channels": spec.channels}
+    if is_table(path):
+        return read_table(path, **fits, classes=spec.classes, columns=options.columns)
+    if not Path(path).exists():
+        raise ConfigError(f"{key}: there is no {path} (relative paths start at {Path.cwd()})")
+    if Path(path).is_dir():
+        return read_folder(Path(path), **fits, classes=spec.classes)
+    return read_arrays(Path(path), **fits)
 
 
 def _check_labels(images: ImageSet, *, key: str, path: str, classes: int) -> None:

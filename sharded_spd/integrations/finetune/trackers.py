@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ class Identities:
     """Under which names libraries know a run's trainings, in trackers.json, so that a resumed run goes on."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / "trackers.json"
+        self._path, self._lock = directory / "trackers.json", threading.Lock()
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -41,12 +42,17 @@ class Identities:
 
     def of(self, key: str, make: Callable[[], str]) -> str:
         """The name that is kept for `key`, made once."""
-        if key not in self._known:
-            self._known[key] = make()
+        with self._lock:
+            known = self._known.get(key)
+        if known is not None:
+            return known
+        made = make()  # may take long, or for ever
+        with self._lock:
+            self._known[key] = made
             beside = self._path.with_suffix(".part")
             beside.write_text(json.dumps(self._known), encoding="utf-8")
             os.replace(beside, self._path)
-        return self._known[key]
+        return made
 
 
 class _TensorBoard:

@@ -28,7 +28,10 @@ from sharded_spd.integrations.finetune.world import Interrupted, StopRequest
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known after a logged step, the same on every rank; `loss` is the mean since the last one."""
+    """What is known after a logged step, the same on every rank; `loss` is the mean since the last one.
+
+    `grad_norm` is that of the step, before clipping; None where the engine does not tell.
+    """
 
     step: int
     steps: int
@@ -36,6 +39,7 @@ class StepReport:
     loss: float
     lr: float
     samples_per_second: float
+    grad_norm: float | None = None
 
 
 def total_steps(data: TrainSet | int, config: TrainConfig) -> int:
@@ -117,7 +121,7 @@ def fit(
     for step, batch in enumerate(batches, start=begin + 1):
         running[0] += _forward_and_backward(engine, task, batch, config.gradient_accumulation, change)
         lr = optimizer.param_groups[0]["lr"]
-        engine.step(optimizer, max_grad_norm=config.max_grad_norm)
+        norm = engine.step(optimizer, max_grad_norm=config.max_grad_norm)
         schedule.step()
         seen += batch.count
         running[1] += 1
@@ -133,6 +137,7 @@ def fit(
             loss=total / count,
             lr=float(lr),
             samples_per_second=seen / (time.perf_counter() - since),
+            grad_norm=None if norm is None else float(norm),
         )
         running.zero_()
         on_step(report)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sharded_spd.checkpoint import Resumed
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
-from sharded_spd.integrations.finetune.engines import ENGINES, check_engine, engine_factory
 from sharded_spd.integrations.finetune.evaluate import evaluate, retained
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
-from sharded_spd.integrations.finetune.head_first import read_head, train_head, with_head
-from sharded_spd.integrations.finetune.loading import Kind, Weights
-from sharded_spd.integrations.finetune.methods import Method, set_up
+from sharded_spd.integrations.finetune.head_first import read_head, train_head
+from sharded_spd.integrations.finetune.live import Live, loads_shards
+from sharded_spd.integrations.finetune.methods import Method
 from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.progress import Display
 from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
-from sharded_spd.integrations.finetune.resume import Keeper, Progress
+from sharded_spd.integrations.finetune.resume import Progress
 from sharded_spd.integrations.finetune.stopping import VALIDATION, stops_early
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
@@ -31,93 +28,6 @@ from sharded_spd.integrations.finetune.world import StopRequest, World
 
 LAYER_MOMENTS = 40
 """How often in a training the figures of each layer are written."""
-
-
-class _Live:
-    """A model in training: its engine, its optimizer, and how far it has moved from its start."""
-
-    def __init__(self, trainer: Trainer, method: Method, seed: int, purpose: str) -> None:
-        config, world = trainer.config, trainer.world
-        empty = loads_shards(config, world)
-        head = trainer.head(seed)
-        torch.manual_seed(seed)
-        loaded = world.agree(lambda: trainer.task.load(trainer.checkpoint, seed=seed, empty=empty))
-        loaded = with_head(loaded, head)
-        self.kind = Kind.of(loaded.model)
-        weights = None if loaded.whole else Weights(loaded, trainer.checkpoint)
-        self.engine: Engine = engine_factory(config.engine, world, config.train)(loaded.model, weights)
-        self.optimizer, self.projector = set_up(
-            method, self.engine, config, checkpoint=trainer.checkpoint, names=loaded.names, head=head
-        )
-        self._start = self.engine.local_copy() if self.projector is None else {}
-        self.rates: list[float] = []
-        self.layers: dict[str, dict[str, float]] = {}
-        self._order = {name: i for i, (name, _) in enumerate(self.engine.named_model.named_parameters())}
-        self.keeper: Keeper | None = None
-        if self.engine.resumable:
-            name = f"{purpose}-{method.name}-{method.weight_decay}-seed{seed}"
-            self.keeper = Keeper(
-                trainer.directory / "training" / name,
-                trainer.config.checkpointing,
-                self.engine,
-                self.optimizer,
-                self.projector,
-            )
-
-    def distance(self) -> float:
-        """|w - w0| / |w0| over all layers, collective."""
-        if self.projector is None:
-            distance, size = self.engine.squared_distance(self._start)
-        else:
-            norms = self.projector.deviation().values()
-            distance, size = sum(d * d for d, _ in norms), sum(n * n for _, n in norms)
-        return math.sqrt(distance / size) if size else math.nan
-
-    def step_figures(self) -> tuple[float | None, float | None]:
-        """The activation rate and the relative deviation of the last step, where a rule is attached.
-
-        Collective where ranks project different layers; else only the main rank has them.
-        """
-        if self.projector is None or not (self.engine.world.main or self.engine.shares_layers):
-            return None, None
-        metrics = self.projector.metrics()
-        self.layers = metrics["layers"]
-        rate, deviation = float(metrics["activation_rate"]), metrics.get("deviation_rel")
-        if self.engine.shares_layers:
-            rate, deviation = self._over_ranks(metrics)
-        self.rates.append(rate)
-        return rate, deviation
-
-    def layer_figures(self) -> dict[str, dict[str, float]]:
-        """Deviation and pull of each layer in the last step, layers in the model's order.
-
-        Collective where ranks project different layers.
-        """
-        found = self.layers
-        if self.projector is not None and self.engine.shares_layers:
-            found = {name: own for part in self.engine.world.gather(found) for name, own in part.items()}
-        last = len(self._order)
-        names = sorted(found, key=lambda name: self._order.get(name, last))
-        kept = ("deviation", "deviation_rel", "s")
-        return {name: {k: found[name][k] for k in kept if k in found[name]} for name in names}
-
-    def _over_ranks(self, metrics: dict[str, Any]) -> tuple[float, float | None]:
-        away, share = metrics.get("deviation", 0.0), metrics.get("deviation_rel", 0.0)
-        size = away / share if share else 0.0
-        own = [metrics["activation_rate"] * metrics["num_layers"], metrics["num_layers"], away**2, size**2]
-        sums = torch.tensor(own, dtype=torch.float64, device=self.engine.world.device)
-        active, layers, distance, whole = self.engine.world.sum_(sums).tolist()
-        return active / max(layers, 1), math.sqrt(distance / whole) if whole else None
-
-
-def loads_shards(config: JobConfig, world: World) -> bool:
-    """Whether each rank reads its shards only, so that none ever holds the whole model."""
-    engine = ENGINES[config.engine.name]
-    return (
-        config.load != "whole"
-        and torch.distributed.is_initialized()
-        and engine.loads_shards(check_engine(config.engine))
-    )
 
 
 class Trainer:
@@ -138,7 +48,7 @@ class Trainer:
         self.config, self.task, self.checkpoint = config, task, checkpoint
         self.world, self.stop, self.recorder, self.display = world, stop, recorder, display
         self.progress, self.directory = progress, directory
-        self._live: _Live | None = None
+        self._live: Live | None = None
         self.metrics = make_metrics(config.metrics or task.metrics[:1], known=task.metrics)
         self._model_config = world.agree(lambda: task.model_config(checkpoint))
         self._seen: dict[int, Splits] = {}
@@ -176,7 +86,7 @@ class Trainer:
             )
         return self.world.agree(lambda: read_head(path))
 
-    def _start(self, live: _Live, seed: int) -> list[Evaluation]:
+    def _start(self, live: Live, seed: int) -> list[Evaluation]:
         """The scores before training, found once where they are the same for all seeds.
 
         Nothing where the training goes on from a checkpoint, which has them.
@@ -250,7 +160,7 @@ class Trainer:
         self._done(live)
         return result
 
-    def _done(self, live: _Live) -> None:
+    def _done(self, live: Live) -> None:
         """Let a training go whose outcome is written down."""
         self._live = None
         if live.keeper is not None:
@@ -264,11 +174,13 @@ class Trainer:
         purpose: str,
         history: list[Evaluation] | None = None,
         speeds: list[float] | None = None,
-    ) -> _Live:
-        live = self._live = _Live(self, method, seed, purpose)
+    ) -> Live:
+        live = self._live = Live(self, method, seed, purpose)
         if history is not None:
             history[:] = self._start(live, seed)
         tags = {"purpose": purpose, "method": method.name, "weight_decay": method.weight_decay, "seed": seed}
+        if live.keeper is None or not live.keeper.kept:
+            self.recorder.forget(tags, after=0)
         self.display.begin(f"{'choosing ' if purpose == 'select' else ''}{method.label} seed {seed}")
         done = 0
 
@@ -303,6 +215,7 @@ class Trainer:
         def adopt(resumed: Resumed) -> None:
             nonlocal done
             done = resumed.step
+            self.recorder.forget(tags, after=done)
             if history is not None:
                 history[:] = [Evaluation(**entry) for entry in resumed.extra["history"]]
                 self._zero_shot.setdefault(self.config.seeds[0] if self._one_start else seed, history[0])
@@ -333,7 +246,7 @@ class Trainer:
         )
         return live
 
-    def _save(self, live: _Live, to: Path) -> None:
+    def _save(self, live: Live, to: Path) -> None:
         self.task.save_model(live.kind, live.engine.wholes(), to)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -163,9 +164,13 @@ class DeepSpeed(Engine):
         if not last:
             self._engine.step()
 
-    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> Any:
         """DeepSpeed's own: it clips as its configuration says, and clears the gradients."""
+        # Stage 0 in float32 keeps no norm of its own.
+        plain = not hasattr(self._engine.optimizer, "_global_grad_norm")
+        norm = self.clip(math.inf) if plain else None
         self._engine.step()
+        return norm if plain else self._engine.get_global_grad_norm()
 
     def local_tensors(self) -> dict[str, Tensor]:
         """This rank's partition of each parameter at stage 3, else the whole parameters."""
