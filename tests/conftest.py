@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +13,35 @@ from tests.support.launch import Task, run_tasks
 
 TASKS = pytest.StashKey[list[Task]]()
 OUTCOMES = pytest.StashKey[dict[str, str]]()
+
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_EXIT = os._exit
+
+
+def pytest_configure() -> None:
+    """A test that ends this process would end all tests after it, and nobody would see."""
+    here = os.getpid()
+
+    def refuse(code: int) -> None:
+        if os.getpid() == here:
+            raise RuntimeError(f"os._exit({code}) in the process of the tests")
+        _EXIT(code)
+
+    os._exit = refuse  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def _no_rank(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What makes a process a rank is taken out of the environment again."""
+    before = {name: os.environ.get(name) for name in RANKS}
+    yield
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            warnings.warn(f"{request.node.nodeid} left {name}={os.environ[name]}", stacklevel=1)
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -16,7 +16,7 @@ from sharded_spd.cli.interpolate import interpolate
 from sharded_spd.errors import AnchorError, BindingError, CheckpointError, ConfigError, UnsupportedError
 from sharded_spd.integrations.finetune.config import JobConfig, load_job
 from sharded_spd.integrations.finetune.launch import follow_supervisor, supervise
-from sharded_spd.integrations.finetune.world import RankLost, started_as_rank
+from sharded_spd.integrations.finetune.world import RankLost, has_joined, started_as_rank
 
 USER_ERRORS = (ConfigError, AnchorError, BindingError, UnsupportedError)
 FAILURES = (CheckpointError, RankLost)
@@ -117,7 +117,7 @@ def _start(job: JobConfig, arguments: Sequence[str], resume: str | None) -> int:
 
 
 def _leave(code: int) -> None:
-    """End this process. A rank that a launcher started skips the interpreter's own ending.
+    """End this process. One that was a rank skips the interpreter's own ending.
 
     There gloo's threads have been seen to abort a job that was done and saved. A tracker that does not answer
     may keep it from ending, too.
@@ -126,7 +126,7 @@ def _leave(code: int) -> None:
 
     sys.stdout.flush()
     sys.stderr.flush()
-    if started_as_rank() or left_behind():
+    if has_joined() or left_behind():
         os._exit(code)
     sys.exit(code)
 

@@ -146,6 +146,7 @@ def save_photos(folder: Path) -> Path:
     return folder
 
 
+FEW = ("train.max_steps=6", "train.epochs=10")
 RECIPES = sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*-*.yaml"))
 
 
@@ -177,6 +178,11 @@ def slow(lm_home: Path) -> Path:
     cases["free-zero0"] = [*cases["free-zero1"], "engine.settings.zero_optimization={stage: 0}"]
     for load in ("whole", "sharded"):
         cases[f"{load}-fsdp2"] = [engine_setting("fsdp2"), f"load={load}", SHORT]
+    cases["few"] = [engine_setting("ddp"), *FEW]
+    for name in ("ddp", "fsdp2"):
+        cases[f"compiled-{name}"] = [engine_setting(name), "train.compile=true", *FEW]
+        cases[f"again-{name}"] = [engine_setting(name), "train.activation_checkpointing=true", *FEW]
+        cases[f"half-{name}"] = [engine_setting(name), "train.precision=bfloat16", *FEW]
     return on_two_ranks(lm_home, cases, "slow")
 
 
@@ -228,6 +234,19 @@ def test_same_losses_on_every_engine(engine: str, alone: Path, run: Callable[[st
 def test_same_losses_with_lora(engine: str, alone: Path, run: Callable[[str], Path]) -> None:
     """The added weights and the head that is trained in full start alike, read whole or shard by shard."""
     assert losses(run(f"lora-{engine}")) == pytest.approx(losses(alone / "lora"), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("way", "near"), [("compiled", 1e-4), ("again", 1e-6), ("half", 5e-2)])
+def test_other_ways_to_the_same_losses(
+    engine: str, way: str, near: float, run: Callable[[str], Path]
+) -> None:
+    """Compiled, with activations formed again in the backward pass, and in half precision."""
+    expected, found = losses(run("few")), losses(run(f"{way}-{engine}"))
+    assert found == pytest.approx(expected, abs=near)
+    if way == "half":
+        assert found != pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -178,6 +178,16 @@ class Stuck:
 ANSWERS: list[threading.Event] = []
 
 
+def let_go() -> None:
+    """The server answers: the threads that waited for it end."""
+    for answered in ANSWERS:
+        answered.set()
+    deadline = time.monotonic() + 10
+    while left_behind() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left_behind()
+
+
 def test_a_tracker_that_does_not_answer_holds_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,8 +208,7 @@ def test_a_tracker_that_does_not_answer_holds_up_nothing(
 
     (folder,) = (tmp_path / "tensorboard").iterdir()
     assert len(EventAccumulator(str(folder)).Reload().Scalars("train/loss")) == 100
-    for answered in ANSWERS:
-        answered.set()
+    let_go()
 
 
 def test_a_full_queue_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +219,7 @@ def test_a_full_queue_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         write_steps(recorder, range(1, 30))
     recorder.close(patience=0.0)
     assert len(seen) == 1
-    for answered in ANSWERS:
-        answered.set()
+    let_go()
 
 
 def test_a_run_again_keeps_each_step_once(tmp_path: Path) -> None:

@@ -102,9 +102,9 @@ class _Line(threading.Thread):
             self._over, self.problem = True, f"has not taken {HELD} events"
 
     def run(self) -> None:
-        """Hand on until there is nothing more, or the library fails."""
+        """Hand on until there is nothing more, the library fails, or nobody waits for it any longer."""
         try:
-            while (entry := self._waiting.get()) is not None:
+            while (entry := self._waiting.get()) is not None and not self._over:
                 self._follower.record(*entry)
                 self._waiting.task_done()
             self._follower.close()

@@ -101,6 +101,14 @@ def started_as_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+_JOINED: list[int] = []
+
+
+def has_joined() -> bool:
+    """Whether this process has been one of several ranks."""
+    return bool(_JOINED)
+
+
 def pick_device(device: Device, *, local_rank: int) -> torch.device:
     """The device of a rank; "auto" takes a GPU where there is one.
 
@@ -128,6 +136,7 @@ def join_world(device: Device) -> Iterator[World]:
     if not started_as_rank():
         yield World(rank=0, size=1, device=place)
         return
+    _JOINED.append(rank)
     rendezvous = os.environ.get(RENDEZVOUS)
     dist.init_process_group(
         backend="nccl" if place.type == "cuda" else "gloo",
