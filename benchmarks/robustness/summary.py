@@ -158,7 +158,7 @@ def _scatter(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = planes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4 * len(found))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -187,7 +187,7 @@ def _heat(name: str, finals: Lines, path: Path) -> None:
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
     every = max(1, -(-len(layers) // 80))
     axes.set_yticks(range(0, len(layers), every), layers[::every], fontsize=6)
-    axes.set_xticks(range(len(methods)), methods, fontsize=8)
+    axes.set_xticks(range(len(methods)), methods, fontsize=8, rotation=30)
     axes.set_title(SETTINGS[name].title, fontsize=10)
     figure.colorbar(image, ax=axes, label="distance from the start (%); grey: began at zero", shrink=0.8)
     figure.savefig(path, dpi=130)
