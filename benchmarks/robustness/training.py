@@ -116,7 +116,9 @@ def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dic
         validation = trainer.splits(task.seed).validation
         if validation is None:
             raise RuntimeError(f"{setting.title}: has no validation set to tune by")
-        return {"validation": trainer.validate(chosen, task.seed, validation)}
+        score = trainer.validate(chosen, task.seed, validation)
+        shutil.rmtree(here)
+        return {"validation": score}
     result = trainer.train(chosen, task.seed, save_to=None if keep.exists() else keep)
     layers = _layers(start, keep)
     found = {
