@@ -1,4 +1,4 @@
-"""The scores of finished checkpoints on the sets of a job, in one process."""
+"""The scores of a model on the sets of a job: of one in training, and of finished checkpoints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
 from sharded_spd.integrations.finetune.config import JobConfig, NamedBlock
+from sharded_spd.integrations.finetune.engine_base import Engine
 from sharded_spd.integrations.finetune.engines import engine_factory
-from sharded_spd.integrations.finetune.evaluate import Found, evaluate, retained
+from sharded_spd.integrations.finetune.evaluate import evaluate, retained
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
-from sharded_spd.integrations.finetune.metrics import make_metrics
+from sharded_spd.integrations.finetune.metrics import Metric, UserMetric, make_metrics
 from sharded_spd.integrations.finetune.plot import draw_path
 from sharded_spd.integrations.finetune.records import ID, Evaluation, plain_json
 from sharded_spd.integrations.finetune.stopping import VALIDATION
-from sharded_spd.integrations.finetune.tasks import make_task
+from sharded_spd.integrations.finetune.tasks import Task, make_task
 from sharded_spd.integrations.finetune.world import World, pick_device
 
 
@@ -58,17 +59,38 @@ class Scorer:
             raise ConfigError(f"{checkpoint}: has no head for this job's data: train it first")
         if self._splits is None:
             self._splits = task.splits(model_config, seed=job.seeds[0])
-        splits = self._splits
-        sets: dict[str, ExampleSet] = {ID: splits.test, **splits.ood}
-        if splits.validation is not None:
-            sets[VALIDATION] = splits.validation
-        self.sizes = {name: len(data) for name, data in sets.items()}
         loaded = task.load(checkpoint, seed=job.seeds[0], empty=False)
         engine = engine_factory(job.engine, world, job.train)(loaded.model, None)
-        found: Found = evaluate(engine, task, sets, metrics=self.metrics, batch_size=job.eval_batch_size)
-        first = self.metrics[0].name
-        scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
-        return Evaluation(0, 0.0, scores, found, retained(engine, task, splits.retained))
+        self.sizes = {name: len(data) for name, data in _sets(self._splits, validation=True).items()}
+        return score_sets(
+            engine, task, self._splits, metrics=self.metrics, batch_size=job.eval_batch_size, validation=True
+        )
+
+
+def score_sets(
+    engine: Engine,
+    task: Task,
+    splits: Splits,
+    *,
+    metrics: Sequence[Metric | UserMetric],
+    batch_size: int,
+    validation: bool,
+    step: int = 0,
+    epoch: float = 0.0,
+) -> Evaluation:
+    """All metrics on the test sets, if wanted on the validation set, and of what is retained. Collective."""
+    sets = _sets(splits, validation=validation)
+    found = evaluate(engine, task, sets, metrics=metrics, batch_size=batch_size)
+    first = metrics[0].name
+    scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
+    return Evaluation(step, epoch, scores, found, retained(engine, task, splits.retained))
+
+
+def _sets(splits: Splits, *, validation: bool) -> dict[str, ExampleSet]:
+    sets: dict[str, ExampleSet] = {ID: splits.test, **splits.ood}
+    if validation and splits.validation is not None:
+        sets[VALIDATION] = splits.validation
+    return sets
 
 
 def write_scores(scored: Sequence[Scored], output: Path, *, metric: str, percent: bool) -> None:

@@ -12,16 +12,17 @@ import torch
 from sharded_spd.checkpoint import Resumed
 from sharded_spd.integrations.finetune.config import JobConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
-from sharded_spd.integrations.finetune.evaluate import evaluate, retained
+from sharded_spd.integrations.finetune.evaluate import evaluate
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
 from sharded_spd.integrations.finetune.head_first import read_head, train_head
 from sharded_spd.integrations.finetune.live import Live, loads_shards
 from sharded_spd.integrations.finetune.methods import Method
 from sharded_spd.integrations.finetune.metrics import make_metrics
 from sharded_spd.integrations.finetune.progress import Display
-from sharded_spd.integrations.finetune.records import ID, Evaluation, Recorder, TrainingResult
+from sharded_spd.integrations.finetune.records import Evaluation, Recorder, TrainingResult
 from sharded_spd.integrations.finetune.resume import Progress
-from sharded_spd.integrations.finetune.stopping import VALIDATION, stops_early
+from sharded_spd.integrations.finetune.score import score_sets
+from sharded_spd.integrations.finetune.stopping import stops_early
 from sharded_spd.integrations.finetune.tasks import Task
 from sharded_spd.integrations.finetune.train import StepReport, fit
 from sharded_spd.integrations.finetune.world import StopRequest, World
@@ -105,17 +106,17 @@ class Trainer:
         return [self._zero_shot[seed]]
 
     def _evaluate(self, engine: Engine, seed: int, *, step: int, epoch: float) -> Evaluation:
-        splits = self.splits(seed)
-        sets: dict[str, ExampleSet] = {ID: splits.test, **splits.ood}
         stopping = self.config.train.early_stopping
-        if stopping is not None and stopping.set is None and splits.validation is not None:
-            sets[VALIDATION] = splits.validation
-        found = evaluate(
-            engine, self.task, sets, metrics=self.metrics, batch_size=self.config.eval_batch_size
+        return score_sets(
+            engine,
+            self.task,
+            self.splits(seed),
+            metrics=self.metrics,
+            batch_size=self.config.eval_batch_size,
+            validation=stopping is not None and stopping.set is None,
+            step=step,
+            epoch=epoch,
         )
-        first = self.metrics[0].name
-        scores = {name: values[first] for name, values in found.items() if name != VALIDATION}
-        return Evaluation(step, epoch, scores, found, retained(engine, self.task, splits.retained))
 
     def validate(self, method: Method, seed: int, validation: ExampleSet) -> float:
         """Train, then score the validation set, unless that is done; the test sets are not touched."""
