@@ -79,3 +79,8 @@ def test_refused(home: Path, tiny_job: Path) -> None:
     done = finetune(str(tiny_job), HEAD[0], "lora={r: 2}", cache=home)
     assert done.returncode == 2
     assert "head_first: is for full fine-tuning" in done.stderr
+    flat = finetune(
+        str(tiny_job), HEAD[0], "engine={name: fsdp1, use_orig_params: false}", "ranks=2", cache=home
+    )
+    assert flat.returncode == 2
+    assert "head_first: engine fsdp1 has frozen layers in one flat parameter with others" in flat.stderr

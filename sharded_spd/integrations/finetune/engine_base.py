@@ -82,6 +82,11 @@ class Engine(ABC):
         """Whether `wrap` takes a model without values and reads each rank's shards from `weights`."""
         return False
 
+    @classmethod
+    def may_freeze(cls, options: Any) -> bool:
+        """Whether layers that are not trained may stand beside others that are."""
+        return True
+
     def part(self, *, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a part of a step; only the `last` one's gradients need be final."""
         return nullcontext()

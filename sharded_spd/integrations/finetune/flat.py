@@ -55,6 +55,11 @@ class FSDP1(_Flat):
 
     options = FSDP1Options
 
+    @classmethod
+    def may_freeze(cls, options: FSDP1Options) -> bool:
+        """Not within one flat parameter."""
+        return options.use_orig_params
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its blocks and its root wrapped."""
         from torch.distributed.fsdp import (
@@ -93,6 +98,11 @@ class FairscaleFSDP(_Flat):
 
     options = FairscaleFSDPOptions
     resumable = False
+
+    @classmethod
+    def may_freeze(cls, options: FairscaleFSDPOptions) -> bool:
+        """Not within one flat parameter."""
+        return not options.flatten_parameters
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its blocks and its root wrapped."""

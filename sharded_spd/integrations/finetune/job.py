@@ -66,6 +66,12 @@ def check_job(config: JobConfig) -> None:
         raise ConfigError(
             f"checkpointing.asynchronous: engine {config.engine.name} writes them itself; set false"
         )
+    freezing = next((name for name in ("lora", "head_first") if getattr(config, name) is not None), None)
+    if freezing is not None and not engine.may_freeze(options):
+        raise ConfigError(
+            f"{freezing}: engine {config.engine.name} has frozen layers in one flat parameter with others; "
+            "set use_orig_params: true (fsdp1), flatten_parameters: false (fairscale-fsdp), or take fsdp2"
+        )
     if config.load == "sharded" and not engine.loads_shards(options):
         raise ConfigError(
             f"load: sharded: engine {config.engine.name} has the whole model on every rank at first; take "
