@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a tra
 
 from benchmarks.bench.machine import describe
 from benchmarks.robustness.choose import Tuned, choose
-from benchmarks.robustness.methods import ADAMW, ALPHAS, METHODS, WISE
+from benchmarks.robustness.methods import ADAMW, LOW, METHODS, WISE
 from benchmarks.robustness.settings import SETTINGS, Setting, smoke
 from benchmarks.robustness.summary import summarise
 from benchmarks.robustness.training import PRETRAIN_STEPS, Task, prepare, run
@@ -75,7 +75,7 @@ class _Bench:
         self._folder = Path(given.work) / (f"smoke-{name}" if given.smoke else name)
         self._book = Book(given.out / f"{name}.jsonl")
         self._methods = [m for m in METHODS if setting.probe or m.name != "LP-FT"]
-        self._tune = TUNE_SEEDS[:1] if given.smoke else TUNE_SEEDS
+        self._tune_seeds = TUNE_SEEDS[:1] if given.smoke else TUNE_SEEDS
         self._seeds = SEEDS[:2] if given.smoke else SEEDS
         self._began = time.perf_counter()
 
@@ -83,30 +83,31 @@ class _Bench:
         """Tune, choose, train."""
         steps = 4 if self._smoke else PRETRAIN_STEPS
         self._given = self._pool.submit(prepare, self._setting, self._folder, steps=steps).result()
-        candidates = {m.name: range(len(m.candidates)) for m in self._methods}
-        if self._smoke:
-            candidates = {name: range(1, 3) for name in candidates}
-        tried = [(m, c) for m, cs in candidates.items() for c in cs]
-        self._do([Task(self._name, m, c, s, True) for m, c in tried for s in self._tune])
-        chosen = {m: self._choose(m, cs) for m, cs in candidates.items()}
-        base, alphas = chosen[ADAMW], range(len(ALPHAS))
-        self._do([Task(self._name, WISE, c, s, True, base) for c in alphas for s in self._tune])
-        chosen[WISE] = self._choose(WISE, alphas)
-        finals = [
-            Task(self._name, m, c, s, False) for m, c in chosen.items() if m != WISE for s in self._seeds
-        ]
-        self._do(finals)
-        self._do([Task(self._name, WISE, chosen[WISE], s, False, base) for s in self._seeds])
+        tried = range(1, 3) if self._smoke else range(4)
+        self._tune([ADAMW], tried, of=0)
+        base = self._choose(ADAMW, ADAMW, tried, slack=0.0)
+        chosen = {ADAMW: base, LOW: self._choose(LOW, ADAMW, tried)}
+        own = [m.name for m in self._methods if m.name not in chosen]
+        self._tune([*own, WISE], tried, of=base)
+        chosen |= {m: self._choose(m, m, tried) for m in (*own, WISE)}
+        finals = [Task(self._name, m, c, s, False, base) for m, c in chosen.items() for s in self._seeds]
+        self._do([task for task in finals if task.method != WISE])
+        self._do([task for task in finals if task.method == WISE])  # takes the weights of AdamW's
 
-    def _choose(self, method: str, candidates: Sequence[int]) -> int:
+    def _tune(self, methods: Sequence[str], candidates: Sequence[int], of: int) -> None:
+        tasks = [(m, c, s) for m in methods for c in candidates for s in self._tune_seeds]
+        self._do([Task(self._name, m, c, s, True, of) for m, c, s in tasks])
+
+    def _choose(self, name: str, method: str, candidates: Sequence[int], slack: float | None = None) -> int:
+        """The candidate for `name` among those tried of `method`; `slack`: another than the setting's."""
         found = {}
         for c in candidates:
-            lines = [self._book.done[Task(self._name, method, c, s, True).key] for s in self._tune]
+            lines = [self._book.done[Task(self._name, method, c, s, True).key] for s in self._tune_seeds]
             found[c] = [line["validation"] for line in lines]
         any_line = next(line for line in self._book.done.values() if "percent" in line)
-        kind = Tuned(any_line["higher_is_better"], any_line["examples"], self._setting.slack)
-        best = choose(found, kind)
-        print(f"{self._name}: {method}: candidate {best} of {found}", flush=True)
+        slack = self._setting.slack if slack is None else slack
+        best = choose(found, Tuned(any_line["higher_is_better"], any_line["examples"], slack))
+        print(f"{self._name}: {name}: candidate {best} of {found}", flush=True)
         return best
 
     def _do(self, tasks: Sequence[Task]) -> None:

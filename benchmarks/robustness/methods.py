@@ -23,26 +23,38 @@ def _strengths(*values: float) -> tuple[tuple[str, ...], ...]:
 
 
 ADAMW = "AdamW"
+LOW = "AdamW-low-lr"
 LR_TIMES = "train.lr*="
-"""Begins a candidate that is a factor of the setting's own learning rate."""
+"""Begins a candidate that is a factor of the recipe's own learning rate."""
+LR_FACTORS = (2, 0.5, 0.125, 0.03125)
+_LRS = tuple((f"{LR_TIMES}{v:g}",) for v in LR_FACTORS)
 WISE = "WiSE-FT"
 ALPHAS = (0.8, 0.6, 0.4, 0.2)
 """What WiSE-FT is tuned by: shares of the fine-tuned weights, in AdamW's own checkpoints."""
 
+_RADII = ((0, 1e-2), (1, 1e-2), (1, 1e-3), (1, 1e-4))
+"""FTP's k and mu: whether the radius may shrink again, and how fast it changes."""
+_NO_FURTHER = ("spd.max_pull=1.0",)
+
 METHODS = (
-    Method(ADAMW, "adamw", tuple((f"{LR_TIMES}{v:g}",) for v in (1, 0.5, 0.25, 0.125))),
-    Method("LP-FT", "adamw", tuple((f"head_first.epochs={v}",) for v in (2, 5, 10, 20))),
-    Method("L2-SP", "l2sp", _strengths(3, 10, 30, 100)),
-    Method("SPD", "spd", _strengths(2, 8, 32, 128), ("spd.max_pull=1.0",)),
-    Method("MAPS", "maps", _strengths(2, 8, 32, 128), ("spd.max_pull=1.0",)),
-    Method("FTP", "ftp", tuple((f"spd.rule_options.k={v:g}",) for v in (1, 0.3, 0.1, 0))),
+    Method(ADAMW, "adamw", _LRS),
+    Method(LOW, "adamw", _LRS),
+    Method("LP-FT", "adamw", _LRS, ("head_first.epochs=10",)),
+    Method("L2-SP", "l2sp", _strengths(8, 40, 200, 1000), _NO_FURTHER),
+    Method("SPD", "spd", _strengths(1, 8, 64, 512), _NO_FURTHER),
+    Method("MAPS", "maps", _strengths(1, 8, 64, 512), _NO_FURTHER),
+    Method(
+        "FTP",
+        "ftp",
+        tuple((f"spd.rule_options.k={k}", f"spd.rule_options.mu={mu:g}") for k, mu in _RADII),
+    ),
     Method("DiGraP", "digrap", tuple((f"spd.rule_options.mu={v:g}",) for v in (0.01, 0.1, 1, 10))),
-    Method("CWD", "cwd", _strengths(3, 10, 30, 100)),
+    Method("CWD", "cwd", _strengths(8, 40, 200, 1000), _NO_FURTHER),
 )
 """All but WiSE-FT, which needs no training of its own.
 
-AdamW is tuned by its learning rate, for a smaller one stays closer to the start too. LP-FT's head is trained
-with ten times the learning rate (`settings.py`).
+AdamW has the learning rate that the validation set likes best; AdamW-low-lr the lowest that is as good, for small
+steps stay close to the start too. LP-FT has learning rates of its own, all others have AdamW's.
 """
 
 

@@ -13,10 +13,21 @@ from benchmarks.robustness.settings import SETTINGS
 from sharded_spd.integrations.finetune.records import plain_json
 
 Lines = Sequence[Mapping[str, Any]]
-ORDER = [METHODS[0].name, WISE, *(m.name for m in METHODS[1:])]
+ORDER = [*(m.name for m in METHODS[:2]), WISE, *(m.name for m in METHODS[2:])]
 BY_LAYER = {"SPD", "MAPS", "FTP"}
 """The methods that pull a layer in one step and not in another."""
-COLOURS = ("#d1495b", "#6b6b6b", "#e09f3e", "#2e86ab", "#3b8c5a", "#8f5fbf", "#b5651d", "#17becf", "#c2185b")
+COLOURS = (
+    "#d1495b",
+    "#f4a6b0",
+    "#6b6b6b",
+    "#e09f3e",
+    "#2e86ab",
+    "#3b8c5a",
+    "#8f5fbf",
+    "#b5651d",
+    "#17becf",
+    "#c2185b",
+)
 
 
 def summarise(trainings: Mapping[str, Lines], out: Path) -> None:
@@ -87,11 +98,14 @@ def _ood(scores: Mapping[str, float]) -> list[float]:
 def _chosen(method: str, candidate: int) -> str:
     if method == WISE:
         return f"alpha {ALPHAS[candidate]:g}"
-    (setting,) = by_name(method).candidates[candidate]
-    text = setting.rpartition("spd.")[2].removeprefix("train.").removeprefix("rule_options.")
-    for name, short in (("lr*=", "lr x "), ("weight_decay=", "λ "), ("head_first.", "head ")):
-        text = text.replace(name, short)
-    return text.replace("=", " ")
+    names = {
+        "train.lr*": "lr x",
+        "spd.weight_decay": "λ",
+        "spd.rule_options.k": "k",
+        "spd.rule_options.mu": "mu",
+    }
+    pairs = (setting.split("=") for setting in by_name(method).candidates[candidate])
+    return ", ".join(f"{names[name]} {value}" for name, value in pairs)
 
 
 def _figure(values: Sequence[float]) -> list[float]:

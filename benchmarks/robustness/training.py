@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.robustness import language
-from benchmarks.robustness.methods import ADAMW, ALPHAS, LR_TIMES, WISE, by_name
+from benchmarks.robustness.methods import ADAMW, ALPHAS, LR_FACTORS, LR_TIMES, WISE, by_name
 from benchmarks.robustness.settings import Setting
 from sharded_spd.anchors import interpolate
 from sharded_spd.anchors.reader import read_piece
@@ -38,7 +38,7 @@ PRETRAIN_STEPS = 600
 class Task:
     """A training: the setting, the method, its candidate, a seed; `tune`: only the validation set counts.
 
-    WiSE-FT's candidate is one of `ALPHAS`, `of` the candidate of AdamW whose weights it takes.
+    `of`: the candidate of AdamW whose learning rate it has. WiSE-FT's own candidate is one of `ALPHAS`.
     """
 
     setting: str
@@ -103,7 +103,8 @@ def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dic
         settings.append(f"spd.rule={method.rule}")
     if method.name == "LP-FT":
         settings += [f"head_first.lr={setting.head_lr:g}", "head_first.batch_size=40"]
-    job = load_job(setting.recipe, [*settings, *_settled(setting, method.candidates[task.candidate])])
+    settings += _settled(setting, method.candidates[task.candidate], task.of)
+    job = load_job(setting.recipe, settings)
     here = folder / task.folder
     here.mkdir(parents=True, exist_ok=True)
     start = check_checkpoint(job.checkpoint or "", job.revision)
@@ -142,13 +143,13 @@ def _share_heads(shared: Path, own: Path) -> None:
         own.symlink_to(shared.absolute(), target_is_directory=True)
 
 
-def _settled(setting: Setting, candidate: Sequence[str]) -> list[str]:
-    """The candidate's settings, in which a factor of the learning rate has become one."""
+def _settled(setting: Setting, candidate: Sequence[str], of: int) -> list[str]:
+    """The candidate's settings, with AdamW's learning rate unless they have one of their own."""
     lr = load_job(setting.recipe, setting.overrides).train.lr
-    factors = [text.removeprefix(LR_TIMES) if text.startswith(LR_TIMES) else None for text in candidate]
+    given = [f"{LR_TIMES}{LR_FACTORS[of]:g}", *candidate]
     return [
-        text if factor is None else f"train.lr={lr * float(factor):g}"
-        for text, factor in zip(candidate, factors, strict=True)
+        f"train.lr={lr * float(text.removeprefix(LR_TIMES)):g}" if text.startswith(LR_TIMES) else text
+        for text in given
     ]
 
 

@@ -43,12 +43,14 @@ def test_every_candidate_is_a_job(name: str) -> None:
         assert len(method.candidates) == 4
         for candidate in method.candidates:
             rule = [] if method.rule == "adamw" else [f"spd.rule={method.rule}"]
-            own = [f"compare=[{method.rule}]", *method.settings, *rule, *_settled(setting, candidate)]
+            own = [f"compare=[{method.rule}]", *method.settings, *rule, *_settled(setting, candidate, of=2)]
             job = load_job(setting.recipe, [*setting.overrides, *own])
             assert job.compare == (method.rule,)
             assert job.seeds == (0,)
     usual = load_job(setting.recipe, setting.overrides).train.lr
-    assert _settled(setting, METHODS[0].candidates[3]) == [f"train.lr={usual / 8:g}"]
+    assert load_job(setting.recipe, [*setting.overrides, *_settled(setting, (), of=2)]).train.lr == usual / 8
+    own = _settled(setting, METHODS[0].candidates[0], of=2)
+    assert load_job(setting.recipe, [*setting.overrides, *own]).train.lr == 2 * usual
 
 
 def test_documentation_and_code() -> None:
