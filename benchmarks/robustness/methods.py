@@ -53,8 +53,8 @@ METHODS = (
 )
 """All but WiSE-FT, which needs no training of its own.
 
-AdamW has the learning rate that the validation set likes best; AdamW-low-lr the lowest that is as good, for small
-steps stay close to the start too. LP-FT has learning rates of its own, all others have AdamW's.
+AdamW has the learning rate that the validation set likes best; AdamW-low-lr the lowest that is as good, for
+small steps stay close to the start too. LP-FT has learning rates of its own, all others have AdamW's.
 """
 
 
