@@ -13,41 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a training per core
 
 from benchmarks.bench.machine import describe
 from benchmarks.robustness.choose import Tuned, choose
 from benchmarks.robustness.methods import ADAMW, LOW, METHODS, WISE
+from benchmarks.robustness.runs import Book, Runs
 from benchmarks.robustness.settings import SETTINGS, Setting, smoke
 from benchmarks.robustness.summary import summarise
-from benchmarks.robustness.training import PRETRAIN_STEPS, Task, prepare, run
+from benchmarks.robustness.training import PRETRAIN_STEPS, Task
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "robustness"
 TUNE_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
-
-
-class Book:
-    """The trainings of one setting that are done, a line each."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.done: dict[str, dict[str, Any]] = {found["key"]: found for found in map(json.loads, lines)}
-
-    def add(self, task: Task, found: dict[str, Any]) -> None:
-        """Write down one more."""
-        line = {"key": task.key, **found}
-        self.done[task.key] = line
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
@@ -70,19 +52,17 @@ class _Bench:
     def __init__(
         self, name: str, setting: Setting, given: argparse.Namespace, pool: ProcessPoolExecutor
     ) -> None:
-        self._name, self._setting, self._pool = name, setting, pool
+        self._name, self._setting = name, setting
         self._smoke: bool = given.smoke
-        self._folder = Path(given.work) / (f"smoke-{name}" if given.smoke else name)
-        self._book = Book(given.out / f"{name}.jsonl")
+        folder = Path(given.work) / (f"smoke-{name}" if given.smoke else name)
+        self._runs = Runs(setting, Book(given.out / f"{name}.jsonl"), folder, pool)
         self._methods = [m for m in METHODS if setting.probe or m.name != "LP-FT"]
         self._tune_seeds = TUNE_SEEDS[:1] if given.smoke else TUNE_SEEDS
         self._seeds = SEEDS[:2] if given.smoke else SEEDS
-        self._began = time.perf_counter()
 
     def run(self) -> None:
         """Tune, choose, train."""
-        steps = 4 if self._smoke else PRETRAIN_STEPS
-        self._given = self._pool.submit(prepare, self._setting, self._folder, steps=steps).result()
+        self._runs.prepare(4 if self._smoke else PRETRAIN_STEPS)
         tried = range(1, 3) if self._smoke else range(4)
         self._tune([ADAMW], tried, of=0)
         base = self._choose(ADAMW, ADAMW, tried, slack=0.0)
@@ -91,35 +71,24 @@ class _Bench:
         self._tune([*own, WISE], tried, of=base)
         chosen |= {m: self._choose(m, m, tried) for m in (*own, WISE)}
         finals = [Task(self._name, m, c, s, False, base) for m, c in chosen.items() for s in self._seeds]
-        self._do([task for task in finals if task.method != WISE])
-        self._do([task for task in finals if task.method == WISE])  # takes the weights of AdamW's
+        self._runs.do([task for task in finals if task.method != WISE])
+        self._runs.do([task for task in finals if task.method == WISE])  # takes the weights of AdamW's
 
     def _tune(self, methods: Sequence[str], candidates: Sequence[int], of: int) -> None:
         tasks = [(m, c, s) for m in methods for c in candidates for s in self._tune_seeds]
-        self._do([Task(self._name, m, c, s, True, of) for m, c, s in tasks])
+        self._runs.do([Task(self._name, m, c, s, True, of) for m, c, s in tasks])
 
     def _choose(self, name: str, method: str, candidates: Sequence[int], slack: float | None = None) -> int:
         """The candidate for `name` among those tried of `method`; `slack`: another than the setting's."""
         found = {}
         for c in candidates:
-            lines = [self._book.done[Task(self._name, method, c, s, True).key] for s in self._tune_seeds]
+            lines = [self._runs.book.done[Task(self._name, method, c, s, True).key] for s in self._tune_seeds]
             found[c] = [line["validation"] for line in lines]
-        any_line = next(line for line in self._book.done.values() if "percent" in line)
+        any_line = next(line for line in self._runs.book.done.values() if "percent" in line)
         slack = self._setting.slack if slack is None else slack
         best = choose(found, Tuned(any_line["higher_is_better"], any_line["examples"], slack))
         print(f"{self._name}: {name}: candidate {best} of {found}", flush=True)
         return best
-
-    def _do(self, tasks: Sequence[Task]) -> None:
-        """Run what is not done yet, several at a time."""
-        rest = [task for task in tasks if task.key not in self._book.done]
-        waiting = {
-            self._pool.submit(run, task, self._setting, self._given, self._folder): task for task in rest
-        }
-        for number, done in enumerate(as_completed(waiting), start=1):
-            self._book.add(waiting[done], done.result())
-            seconds = time.perf_counter() - self._began
-            print(f"{seconds:6.0f} s  {number}/{len(rest)}  {waiting[done].key}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:

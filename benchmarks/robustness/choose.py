@@ -20,11 +20,8 @@ class Tuned:
     slack: float | None
 
 
-def choose(found: Mapping[int, Sequence[float]], kind: Tuned) -> int:
-    """The last candidate (they go from weak to strong) that is as good as the best one.
-
-    A validation set cannot tell these apart, and the strongest stays closest to the pre-trained weights.
-    """
+def as_good(found: Mapping[int, Sequence[float]], kind: Tuned) -> set[int]:
+    """The candidates that the validation set cannot tell from the best one."""
     sign = 1 if kind.higher_is_better else -1
     means = {c: statistics.fmean(scores) for c, scores in found.items()}
     best = max(means.values(), key=lambda mean: sign * mean if math.isfinite(mean) else -math.inf)
@@ -33,4 +30,9 @@ def choose(found: Mapping[int, Sequence[float]], kind: Tuned) -> int:
     else:
         share = min(1.0, best / 100)
         slack = 100 * math.sqrt(share * (1 - share) / kind.examples)
-    return max(c for c, mean in means.items() if sign * (mean - best) >= -slack - 1e-9)
+    return {c for c, mean in means.items() if sign * (mean - best) >= -slack - 1e-9}
+
+
+def choose(found: Mapping[int, Sequence[float]], kind: Tuned) -> int:
+    """The last of them: they go from weak to strong, and the strongest stays closest to the start."""
+    return max(as_good(found, kind))

@@ -58,6 +58,26 @@ small steps stay close to the start too. LP-FT has learning rates of its own, al
 """
 
 
+_SHARES, _FACTORS = _strengths(0.03, 0.1, 0.3, 0.6), _strengths(8, 40, 200, 1000)
+VARIANTS = (
+    Method("spd-rows", "spd-rows", _strengths(1, 8, 64, 512), _NO_FURTHER),
+    Method("spd-elements", "spd-elements", _strengths(0.5, 0.8, 0.95, 1), _NO_FURTHER),
+    Method("growth", "growth", _strengths(0.5, 0.8, 0.95, 1), _NO_FURTHER),
+    Method("update-gate", "update-gate", _FACTORS, _NO_FURTHER),
+    Method("gated-l2", "gated-l2", _FACTORS, _NO_FURTHER),
+    Method("l2-depth", "l2-depth", _FACTORS, _NO_FURTHER),
+    Method("drag", "drag", _SHARES, _NO_FURTHER),
+    Method("drag-gated", "drag-gated", _SHARES, _NO_FURTHER),
+    Method("drag-rows", "drag-rows", _SHARES, _NO_FURTHER),
+    Method("drag-elements", "drag-elements", _SHARES, _NO_FURTHER),
+    Method("drag-depth", "drag-depth", _SHARES, _NO_FURTHER),
+    Method("anneal", "anneal", _strengths(0.8, 0.6, 0.4, 0.2)),
+    Method("unsure", "unsure", _FACTORS, _NO_FURTHER),
+    Method("unsure-squared", "unsure-squared", _FACTORS, _NO_FURTHER),
+)
+"""What `search.py` tries, of the rules in `variants.py`."""
+
+
 def by_name(name: str) -> Method:
     """The method that is called so."""
-    return next(method for method in METHODS if method.name == name)
+    return next(method for method in (*METHODS, *VARIANTS) if method.name == name)

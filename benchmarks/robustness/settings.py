@@ -68,7 +68,9 @@ SETTINGS = {
 
 def smoke(setting: Setting) -> Setting:
     """The same, much too short to say anything."""
-    few = ("train.max_steps=4", "data.limit=40") if setting.text_model else ("train.epochs=2",)
+    few: tuple[str, ...] = ("train.epochs=2",)
+    if setting.text_model:
+        few = ("train.max_steps=4", "data.limit=40")
     if setting.recipe.name == "quickstart.yaml":
         few = (*few, "pretrain.train.epochs=30", "pretrain.min_accuracy=0")
     if setting.recipe.name == "minilm.yaml":

@@ -59,7 +59,7 @@ def _rows(lines: Lines) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": method,
-                "chosen": _chosen(method, own[0]["candidate"]),
+                "chosen": chosen_text(method, own[0]["candidate"]),
                 "metric": own[0]["metric"],
                 "seeds": len(own),
                 "id": _figure([line["scores"]["test"] for line in own]),
@@ -95,7 +95,7 @@ def _ood(scores: Mapping[str, float]) -> list[float]:
     return [score for name, score in scores.items() if name != "test"]
 
 
-def _chosen(method: str, candidate: int) -> str:
+def chosen_text(method: str, candidate: int) -> str:
     if method == WISE:
         return f"alpha {ALPHAS[candidate]:g}"
     names = {

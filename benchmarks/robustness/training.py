@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.robustness import language
+from benchmarks.robustness import language, variants
 from benchmarks.robustness.methods import ADAMW, ALPHAS, LR_FACTORS, LR_TIMES, WISE, by_name
 from benchmarks.robustness.settings import Setting
 from sharded_spd.anchors import interpolate
@@ -32,6 +32,8 @@ from sharded_spd.integrations.finetune.world import StopRequest, World
 from sharded_spd.layout import FlatRange
 
 PRETRAIN_STEPS = 600
+
+__all__ = ["PRETRAIN_STEPS", "Task", "prepare", "run", "variants"]
 
 
 @dataclass(frozen=True)

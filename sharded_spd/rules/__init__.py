@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
-from typing import Any
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar
 
 from sharded_spd.errors import ConfigError
 from sharded_spd.rules.base import LayerInfo, Options, Rule, RuleSpec, Stats
@@ -34,11 +34,37 @@ __all__ = [
     "RuleSpec",
     "Stats",
     "make_rule",
+    "register",
 ]
+
+_R = TypeVar("_R", bound=type[Rule])
 
 _RULES: dict[str, type[Rule]] = {
     rule.name: rule for rule in (SPD, L2SP, FTP, MAPS, CWD, MARSSP, DiGraP, Decay, NoRule)
 }
+
+
+def register(rule: _R) -> _R:
+    """Make a rule of your own known by its `name`, for configurations and param groups; a class decorator.
+
+    Every process that reads the configuration has to do it, before it does.
+
+    Raises:
+        ConfigError: for what is no rule's class, and for a name that another rule has.
+    """
+    name, spec = getattr(rule, "name", None), getattr(rule, "spec", None)
+    whole = isinstance(rule, type) and isinstance(name, str) and isinstance(spec, RuleSpec)
+    if not (whole and is_dataclass(rule)):
+        raise ConfigError(
+            f"got {rule!r}; wanted the class of a rule, a dataclass with a `name` and a `spec` (@register "
+            "stands above @dataclass)"
+        )
+    known = _RULES.setdefault(name, rule)
+    if known is not rule:
+        raise ConfigError(
+            f"got {rule.__qualname__} named {name!r}; {known.__qualname__} has that name, choose another"
+        )
+    return rule
 
 
 def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rule:

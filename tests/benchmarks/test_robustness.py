@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from benchmarks.robustness import language
 from benchmarks.robustness.choose import Tuned, choose
-from benchmarks.robustness.methods import METHODS, WISE
+from benchmarks.robustness.fronts import beats, write_fronts
+from benchmarks.robustness.methods import METHODS, VARIANTS, WISE
+from benchmarks.robustness.search import defaults
 from benchmarks.robustness.settings import SETTINGS
 from benchmarks.robustness.summary import summarise
 from benchmarks.robustness.training import _settled
@@ -39,7 +41,7 @@ def test_choose() -> None:
 def test_every_candidate_is_a_job(name: str) -> None:
     """Settings that a job does not know would be found hours later."""
     setting = SETTINGS[name]
-    for method in METHODS:
+    for method in (*METHODS, *VARIANTS):
         assert len(method.candidates) == 4
         for candidate in method.candidates:
             rule = [] if method.rule == "adamw" else [f"spd.rule={method.rule}"]
@@ -111,6 +113,53 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "id_ood.png",
         "layers-digits.png",
     }
+
+
+def test_beaten() -> None:
+    """On both sides not worse, on one by two standard errors of the paired difference."""
+    plain = [(90.0, 60.0), (92.0, 64.0), (94.0, 62.0)]
+    better = [(x + 1 + noise, y) for (x, y), noise in zip(plain, (0.1, -0.1, 0), strict=True)]
+    assert beats(better, plain)
+    assert not beats(plain, better)
+    assert not beats(plain, plain)
+    assert not beats([(x + 1, y - 0.1) for x, y in plain], plain)
+    assert not beats([(90.0, 70.0), (92.0, 58.0), (94.0, 61.0)], plain)  # +1 on average, +-4.7
+
+
+def test_who_is_beaten_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rule that nothing beats anywhere is named; less perplexity is more."""
+
+    def lines(setting: str, method: str, candidate: int, test: float, other: float, up: bool) -> list[dict]:
+        return [
+            {
+                "key": f"{setting} {method} {candidate} {seed} final",
+                "higher_is_better": up,
+                "scores": {"test": test + seed / 10, "a": other + seed / 10, "b": other + seed / 10},
+            }
+            for seed in (0, 1)
+        ]
+
+    digits = [*lines("digits", "AdamW", 1, 90, 60, True), *lines("digits", "SPD", 1, 90, 70, True)]
+    code = [*lines("code", "AdamW", 1, 7, 9, False), *lines("code", "SPD", 1, 7.5, 8, False)]
+    code += lines("code", "drag", 2, 7, 8.5, False)
+    write_fronts({"digits": digits, "code": code}, (0, 1), tmp_path)
+    text = (tmp_path / "search.md").read_text()
+    assert "| AdamW (lr x 0.5) | 0 | 0 | SPD (λ 8) |" in text
+    assert "| SPD (λ 8) | -0.5 ± 0 | +1 ± 0 | - |" in text
+    assert "| drag (λ 0.3) | +0 ± 0 | +0.5 ± 0 | - |" in text
+    assert "Beaten in no setting, at one strength: SPD (λ 8)." in text
+    assert text.strip() in capsys.readouterr().out
+
+
+def test_one_strength_for_all_settings() -> None:
+    """The strongest that validation cannot tell from the best, in every setting; none, if they disagree."""
+
+    class Given:
+        def __init__(self, **good: set[int]) -> None:
+            self.good = good.__getitem__
+
+    searches = [Given(a={-1, 0, 1, 2}, b={-1, 2}), Given(a={0, 1}, b={-1, 0})]
+    assert defaults(searches, ["a", "b"]) == {"a": 1}
 
 
 @pytest.mark.slow

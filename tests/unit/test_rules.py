@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +14,21 @@ from torch import Tensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach, load_config
 from sharded_spd.errors import ConfigError
-from sharded_spd.rules import CWD, FTP, MAPS, MARSSP, DiGraP, LayerInfo, Options, Stats, make_rule
+from sharded_spd.rules import (
+    _RULES,
+    CWD,
+    FTP,
+    MAPS,
+    MARSSP,
+    DiGraP,
+    LayerInfo,
+    Options,
+    Rule,
+    RuleSpec,
+    Stats,
+    make_rule,
+    register,
+)
 from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, GRAD_DOT_PREVIOUS, GRAD_SQ, ROW_L1, Block
 
 ONE = Options(lr=torch.tensor([0.1]).double(), weight_decay=torch.tensor([2.0]).double())
@@ -136,6 +153,48 @@ def test_wrong_options(rule: str, options: dict[str, object], message: str) -> N
     """What was got, what was wanted."""
     with pytest.raises(ConfigError, match=message):
         make_rule(rule, options)
+
+
+def test_a_rule_of_your_own_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, a configuration can name it; a name is not taken from another rule."""
+    monkeypatch.setattr("sharded_spd.rules._RULES", dict(_RULES))
+
+    @register
+    @dataclass(frozen=True, slots=True)
+    class Half(Rule):
+        """Half of the way back."""
+
+        share: float = 0.5
+        name: ClassVar[str] = "half"
+        spec: ClassVar[RuleSpec] = RuleSpec()
+
+        def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+            """S."""
+            return torch.full_like(options.lr, self.share)
+
+    assert register(Half) is Half
+    assert make_rule("half", {"share": 0.25}) == Half(share=0.25)
+    params = _parameters()
+    start = [p.detach().clone() for _, p in params]
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    attach(optimizer, None, load_config({"rule": "half", "weight_decay": 1}))
+    for _, p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for (_, p), w0 in zip(params, start, strict=True):
+        torch.testing.assert_close(p.detach(), w0 - 0.5)
+
+    class Other(Half):
+        name: ClassVar[str] = "ftp"
+
+    with pytest.raises(ConfigError, match=r"got .*Other named 'ftp'; FTP has that name, choose another"):
+        register(Other)
+    with pytest.raises(ConfigError, match=r"wanted the class of a rule"):
+        register(Half())  # type: ignore[type-var]
+    with pytest.raises(ConfigError, match=r"@register stands above @dataclass"):
+        register(type("Bare", (Rule,), {"name": "bare", "spec": RuleSpec()}))
+    with pytest.raises(ConfigError, match=r"unknown rule 'hald'.*did you mean 'half'"):
+        make_rule("hald")
 
 
 def _parameters() -> list[tuple[str, torch.nn.Parameter]]:
