@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -33,15 +34,30 @@ def beats(one: Sequence[Point], other: Sequence[Point]) -> bool:
     return all(mean >= 0 for mean, _ in sides) and any(mean > 2 * error for mean, error in sides)
 
 
+def point(line: Mapping[str, Any]) -> Point:
+    """Where a training came out."""
+    sign = 1 if line["higher_is_better"] else -1
+    return sign * line["scores"]["test"], sign * mean_ood(line)
+
+
+def above(one: Point, others: Sequence[Point]) -> float:
+    """How far `one` is above the line through the best of `others`, out of distribution, as a share of it."""
+    best = sorted(p for p in {*others} if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in others))
+    line = best[0][1] if one[0] <= best[0][0] else best[-1][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(best):
+        if x0 < one[0] <= x1:
+            line = y0 + (y1 - y0) * (one[0] - x0) / (x1 - x0)
+    return (one[1] - line) / abs(line)
+
+
 def points(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, list[Point]]:
     """The points of each method that has all of these seeds, by its name and strength."""
     found: dict[str, dict[int, Point]] = {}
     for line in lines:
         _, method, candidate, seed, kind = line["key"].split(" ")
         if kind == "final" and int(seed) in seeds:
-            sign = 1 if line["higher_is_better"] else -1
             name = f"{method} ({chosen_text(method, int(candidate))})"
-            found.setdefault(name, {})[int(seed)] = (sign * line["scores"]["test"], sign * mean_ood(line))
+            found.setdefault(name, {})[int(seed)] = point(line)
     whole = {name: own for name, own in found.items() if own.keys() == {*seeds}}
     return {name: [own[seed] for seed in seeds] for name, own in whole.items()}
 

@@ -4,8 +4,8 @@
     python -m benchmarks.robustness.search              # goes on where it stopped
 
 1. Every variant at each of its four strengths in the settings `SCREEN`, at AdamW's learning rate, on the
-   seeds that the methods were tuned on. The `KEPT` ones whose default strength gains most
-   out of distribution go on.
+   seeds that the methods were tuned on. The five go on whose default strength is furthest
+   above the curve of AdamW's learning rates.
 2. Those in the other settings. A variant's default strength is one for all settings: the strongest that no
    setting's in-distribution validation set can tell from the best one, or from AdamW.
 3. At that strength on the table's five seeds, which played no part in it. OUT/search/search.md: `fronts.py`.
@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,52 +27,73 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a tra
 
 from benchmarks.robustness.__main__ import RESULTS, SEEDS, TUNE_SEEDS
 from benchmarks.robustness.choose import Tuned, as_good, choose
-from benchmarks.robustness.fronts import mean_ood, write_fronts
+from benchmarks.robustness.fronts import Point, above, point, write_fronts
 from benchmarks.robustness.methods import ADAMW, VARIANTS
 from benchmarks.robustness.runs import Book, Runs
-from benchmarks.robustness.settings import SETTINGS
+from benchmarks.robustness.settings import SETTINGS, smoke
 from benchmarks.robustness.training import PRETRAIN_STEPS, Task
 
 SCREEN = ("digits", "classes")
-KEPT = 5
-STRENGTHS = range(4)
-NAMES = [variant.name for variant in VARIANTS]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of it."""
+
+    variants: tuple[str, ...] = tuple(variant.name for variant in VARIANTS)
+    kept: int = 5
+    strengths: range = range(4)
+    tune_seeds: tuple[int, ...] = TUNE_SEEDS
+    seeds: tuple[int, ...] = SEEDS
+    pretrain_steps: int = PRETRAIN_STEPS
+
+
+SMOKE = Scale((VARIANTS[0].name, VARIANTS[1].name), 1, range(1, 3), TUNE_SEEDS[:1], SEEDS[:2], 4)
 
 
 class Search:
     """One setting's share of it. `main`: the book of the benchmark itself."""
 
-    def __init__(self, name: str, main: Book, runs: Runs) -> None:
-        self.name, self._runs = name, runs
-        tried = [[main.done.get(Task(name, ADAMW, c, s, True).key) for s in TUNE_SEEDS] for c in STRENGTHS]
-        self._adamw: list[list[dict[str, Any]]] = [[line for line in lines if line] for lines in tried]
-        if not all(len(lines) == len(TUNE_SEEDS) for lines in self._adamw):
+    def __init__(self, name: str, main: Book, runs: Runs, scale: Scale) -> None:
+        self.name, self._runs, self._scale = name, runs, scale
+        tried = {
+            c: [main.done.get(Task(name, ADAMW, c, s, True).key) for s in scale.tune_seeds]
+            for c in scale.strengths
+        }
+        adamw = {c: [line for line in lines if line] for c, lines in tried.items()}
+        if not all(len(lines) == len(scale.tune_seeds) for lines in adamw.values()):
             raise SystemExit(f"run python -m benchmarks.robustness --setting {name} first")
-        first = self._adamw[0][0]
+        first = next(iter(adamw.values()))[0]
         self.kind = Tuned(first["higher_is_better"], first["examples"], SETTINGS[name].slack)
-        validation = {c: [line["validation"] for line in lines] for c, lines in enumerate(self._adamw)}
+        validation = {c: [line["validation"] for line in lines] for c, lines in adamw.items()}
         self._base = choose(validation, replace(self.kind, slack=0.0))
+        self._adamw: list[dict[str, Any]] = adamw[self._base]
+        first_scores = {**first, "scores": first["zero_shot"]}
+        self._curve = [_mean(lines) for lines in ([first_scores], *adamw.values())]
 
     def run(self, tasks: Sequence[tuple[str, int]], seeds: Sequence[int]) -> None:
         """Train these variants, at these strengths, on these seeds."""
-        self._runs.prepare(PRETRAIN_STEPS)
+        self._runs.prepare(self._scale.pretrain_steps)
         self._runs.do([Task(self.name, v, c, s, False, self._base) for v, c in tasks for s in seeds])
 
     def good(self, variant: str) -> set[int]:
         """The strengths that validation cannot tell from the best one, or from AdamW."""
-        found = {c: [line["validation"] for line in self._lines(variant, c)] for c in STRENGTHS}
-        plain = [line["validation"] for line in self._adamw[self._base]]
+        found = {c: [line["validation"] for line in self._lines(variant, c)] for c in self._scale.strengths}
+        plain = [line["validation"] for line in self._adamw]
         return as_good({**found, -1: plain}, self.kind)
 
     def gain(self, variant: str, strength: int) -> float:
-        """How much better than AdamW out of distribution, as a share of it."""
-        plain = statistics.fmean(mean_ood(line) for line in self._adamw[self._base])
-        own = statistics.fmean(mean_ood(line) for line in self._lines(variant, strength))
-        return (own - plain) / plain * (1 if self.kind.higher_is_better else -1)
+        """How much better out of distribution than AdamW with the learning rate that is as good in it."""
+        return above(_mean(self._lines(variant, strength)), self._curve)
 
     def _lines(self, variant: str, strength: int) -> list[dict[str, Any]]:
-        keys = [Task(self.name, variant, strength, s, False).key for s in TUNE_SEEDS]
+        keys = [Task(self.name, variant, strength, s, False).key for s in self._scale.tune_seeds]
         return [self._runs.book.done[key] for key in keys]
+
+
+def _mean(lines: Sequence[Mapping[str, Any]]) -> Point:
+    points = [point(line) for line in lines]
+    return statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)
 
 
 def defaults(searches: Sequence[Search], names: Sequence[str]) -> dict[str, int]:
@@ -84,40 +105,44 @@ def defaults(searches: Sequence[Search], names: Sequence[str]) -> dict[str, int]
 def main() -> None:
     """Search, confirm, and write down what came out."""
     given = _arguments()
+    scale, prefix = (SMOKE, "smoke-") if given.smoke else (Scale(), "")
+    settings = {name: smoke(setting) if given.smoke else setting for name, setting in SETTINGS.items()}
     out: Path = given.out / "search"
     out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        searches = [
-            Search(
-                name,
-                Book(given.out / f"{name}.jsonl"),
-                Runs(SETTINGS[name], Book(out / f"{name}.jsonl"), given.work / name, pool),
-            )
-            for name in SETTINGS
-        ]
-        screen = [s for s in searches if s.name in SCREEN]
-        for search in screen:
-            search.run([(v, c) for v in NAMES for c in STRENGTHS], TUNE_SEEDS)
-        gains = {
-            v: statistics.fmean(s.gain(v, c) for s in screen) for v, c in defaults(screen, NAMES).items()
-        }
-        kept = sorted(gains, key=lambda name: -gains[name])[:KEPT]
-        print("kept:", ", ".join(f"{name} ({100 * gains[name]:+.1f} %)" for name in kept), flush=True)
+        searches = []
+        for name, setting in settings.items():
+            runs = Runs(setting, Book(out / f"{name}.jsonl"), given.work / f"{prefix}{name}", pool)
+            searches.append(Search(name, Book(given.out / f"{name}.jsonl"), runs, scale))
+        found = _find(searches, scale)
         for search in searches:
-            search.run([(v, c) for v in kept for c in STRENGTHS], TUNE_SEEDS)
-        found = defaults(searches, kept)
-        print("default strengths:", found, flush=True)
-        for search in searches:
-            search.run(list(found.items()), SEEDS)
+            search.run(list(found.items()), scale.seeds)
     books = {name: (Book(given.out / f"{name}.jsonl"), Book(out / f"{name}.jsonl")) for name in SETTINGS}
     write_fronts(
         {name: [*main.done.values(), *own.done.values()] for name, (main, own) in books.items()}, SEEDS, out
     )
 
 
+def _find(searches: Sequence[Search], scale: Scale) -> dict[str, int]:
+    """The variants that are worth trying everywhere, and their default strengths."""
+    screen = [s for s in searches if s.name in SCREEN]
+    for search in screen:
+        search.run([(v, c) for v in scale.variants for c in scale.strengths], scale.tune_seeds)
+    usual = defaults(screen, scale.variants)
+    gains = {v: statistics.fmean(s.gain(v, c) for s in screen) for v, c in usual.items()}
+    kept = sorted(gains, key=lambda name: -gains[name])[: scale.kept]
+    print("kept:", ", ".join(f"{name} ({100 * gains[name]:+.1f} %)" for name in kept), flush=True)
+    for search in searches:
+        search.run([(v, c) for v in kept for c in scale.strengths], scale.tune_seeds)
+    found = defaults(searches, kept)
+    print("default strengths:", found, flush=True)
+    return found
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.robustness.search", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--smoke", action="store_true", help="too short to say anything")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/robustness"), help="scratch files")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")

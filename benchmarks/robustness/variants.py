@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.rules import MAPS, SPD, Options, Rule, RuleSpec, Stats, register
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, Block, Statistic
+from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, GRAD_SQ, Block, Statistic
 
 UPDATE_SQ = Statistic("update_sq", lambda b: b.update * b.update)
 UPDATE_DOT_DELTA = Statistic("update_dot_delta", lambda b: b.update * b.kept_delta)
@@ -230,3 +230,35 @@ class UnsureSquared(Rule):
     def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """S of each element."""
         return lr * weight_decay * (1 - block.update.abs() / lr).clamp(min=0.0).square()
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class SPDRunning(SPD):
+    """SPD whose condition is a running mean: m <- 0.9 m + 0.1 <g, d> / (|g| |d|), pulled where m > 0."""
+
+    name: ClassVar[str] = "spd-running"
+    spec: ClassVar[RuleSpec] = RuleSpec(
+        before=(GRAD_DOT_DELTA, DELTA_SQ, GRAD_SQ), after=(DELTA_SQ,), layer_state=("mean",)
+    )
+
+    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+        """S `[num_layers]`."""
+        length = (stats.before[DELTA_SQ] * stats.before[GRAD_SQ]).sqrt()
+        state["mean"] = 0.9 * state["mean"] + 0.1 * _ratio(stats.before[GRAD_DOT_DELTA], length)
+        return torch.where(state["mean"] > 0, options.weight_decay * self._ratio(stats), 0.0)
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class SPDCosine(SPD):
+    """SPD with a condition of degrees: s = lambda * r * max(0, cos(g, d))."""
+
+    name: ClassVar[str] = "spd-cosine"
+    spec: ClassVar[RuleSpec] = RuleSpec(before=(GRAD_DOT_DELTA, DELTA_SQ, GRAD_SQ), after=(DELTA_SQ,))
+
+    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+        """S `[num_layers]`."""
+        length = (stats.before[DELTA_SQ] * stats.before[GRAD_SQ]).sqrt()
+        cosine = _ratio(stats.before[GRAD_DOT_DELTA], length).clamp(min=0.0)
+        return options.weight_decay * cosine * self._ratio(stats)

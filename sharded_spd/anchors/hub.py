@@ -26,8 +26,8 @@ def find_local(source: str) -> Path:
     match = _NAME.fullmatch(source)
     if match is None:
         raise AnchorError(
-            f"{source}: no such file or directory; wanted the path of a safetensors checkpoint, a name of "
-            'the hub (org/name), "snapshot", "deferred" or "zero"'
+            f"{source}: no such file or directory; wanted the path of a safetensors checkpoint or a name of "
+            'the hub (org/name). An anchor can also be "snapshot", "deferred" or "zero"'
         )
     name, revision = match["name"], match["revision"]
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")

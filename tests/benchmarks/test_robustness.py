@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.robustness import language
 from benchmarks.robustness.choose import Tuned, choose
-from benchmarks.robustness.fronts import beats, write_fronts
+from benchmarks.robustness.fronts import above, beats, write_fronts
 from benchmarks.robustness.methods import METHODS, VARIANTS, WISE
 from benchmarks.robustness.search import defaults
 from benchmarks.robustness.settings import SETTINGS
@@ -126,6 +126,16 @@ def test_beaten() -> None:
     assert not beats([(90.0, 70.0), (92.0, 58.0), (94.0, 61.0)], plain)  # +1 on average, +-4.7
 
 
+def test_above_the_curve() -> None:
+    """Between the points that no other one beats; the first and last hold beyond them."""
+    curve = [(90.0, 80.0), (92.0, 70.0), (91.0, 60.0), (94.0, 50.0)]  # (91, 60) is beaten by (92, 70)
+    assert above((92.0, 77.0), curve) == pytest.approx(0.1)
+    assert above((91.0, 75.0), curve) == pytest.approx(0.0)
+    assert above((80.0, 88.0), curve) == pytest.approx(0.1)
+    assert above((95.0, 55.0), curve) == pytest.approx(0.1)
+    assert above((-3.0, -9.0), [(-2.0, -12.0), (-4.0, -8.0)]) == pytest.approx(0.1)
+
+
 def test_who_is_beaten_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The rule that nothing beats anywhere is named; less perplexity is more."""
 
@@ -163,7 +173,7 @@ def test_one_strength_for_all_settings() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_smoke(tmp_path: Path) -> None:
     """All of it at its smallest; killed in the middle, it does nothing twice."""
     command = [sys.executable, "-m", "benchmarks.robustness", "--smoke", "--jobs", "2"]
@@ -194,6 +204,10 @@ def test_smoke(tmp_path: Path) -> None:
         assert finals == (methods if setting.probe else methods - {"LP-FT"})
         assert lines[: len(before)] == before or name != "digits"
         assert (tmp_path / "out" / f"layers-{name}.png").stat().st_size > 10_000
+    search = [sys.executable, "-m", "benchmarks.robustness.search", "--smoke", "--jobs", "2", *where]
+    subprocess.run(search, cwd=ROOT, env=environment, check=True, timeout=400)
+    text = (tmp_path / "out" / "search" / "search.md").read_text()
+    assert all(setting.title in text for setting in SETTINGS.values())
     kept = tmp_path / "work" / "smoke-digits"
     assert {path.name.split("-")[1] for path in kept.iterdir()} == {"AdamW"}
     assert load_file(next(kept.glob("*-final")) / "checkpoint" / "model.safetensors")
