@@ -1,4 +1,4 @@
-"""Is one rule, at one strength, worth it in every setting? Tries those of `variants.py`.
+"""Is one rule, at one strength, worth it in every setting? Tries `methods.VARIANTS` and rules of the package.
 
     python -m benchmarks.robustness                     # first: learning rates, and what to compare with
     python -m benchmarks.robustness.search              # goes on where it stopped
@@ -40,7 +40,7 @@ SCREEN = ("digits", "classes")
 class Scale:
     """How much of it."""
 
-    variants: tuple[str, ...] = tuple(variant.name for variant in VARIANTS)
+    variants: tuple[str, ...] = (*(variant.name for variant in VARIANTS), "SPD", "MAPS", "L2-SP")
     kept: int = 5
     strengths: range = range(4)
     tune_seeds: tuple[int, ...] = TUNE_SEEDS

@@ -191,23 +191,6 @@ class L2Depth(MAPS):
 
 @register
 @dataclass(frozen=True, slots=True)
-class Anneal(Rule):
-    """WiSE-FT while training goes on: d is scaled by a + (1 - a) lr / (the largest lr so far), a = lambda."""
-
-    name: ClassVar[str] = "anneal"
-    spec: ClassVar[RuleSpec] = RuleSpec(layer_state=("peak", "scale"))
-
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
-        """S = 1 - scale / (scale before), `[num_layers]`."""
-        peak = torch.maximum(state["peak"], options.lr)
-        scale = options.weight_decay + (1 - options.weight_decay) * _ratio(options.lr, peak)
-        before = torch.where(state["peak"] > 0, state["scale"], 1.0)
-        state.update(peak=peak, scale=scale)
-        return (1 - scale / before).clamp(min=0.0)
-
-
-@register
-@dataclass(frozen=True, slots=True)
 class Unsure(Rule):
     """L2-SP of the elements that Adam is unsure of: s = lr * lambda * max(0, 1 - |u| / lr)."""
 
