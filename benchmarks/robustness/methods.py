@@ -75,6 +75,7 @@ VARIANTS = (
     Method("spd-tenth", "spd", _strengths(1, 8, 64, 512), ("spd.max_pull=0.1",)),
     Method("spd-running", "spd-running", _strengths(1, 8, 64, 512), _NO_FURTHER),
     Method("spd-cosine", "spd-cosine", _strengths(8, 64, 512, 4096), _NO_FURTHER),
+    Method("drag-cosine", "drag-cosine", _strengths(1, 4, 16, 64), _NO_FURTHER),
     Method("unsure", "unsure", _FACTORS, _NO_FURTHER),
     Method("unsure-squared", "unsure-squared", _FACTORS, _NO_FURTHER),
 )

@@ -245,3 +245,21 @@ class SPDCosine(SPD):
         length = (stats.before[DELTA_SQ] * stats.before[GRAD_SQ]).sqrt()
         cosine = _ratio(stats.before[GRAD_DOT_DELTA], length).clamp(min=0.0)
         return options.weight_decay * cosine * self._ratio(stats)
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class DragCosine(Rule):
+    """Drag with a condition of degrees: s = lambda * max(0, cos(g, d)) |u| / |d~|."""
+
+    name: ClassVar[str] = "drag-cosine"
+    spec: ClassVar[RuleSpec] = RuleSpec(
+        before=(GRAD_DOT_DELTA, DELTA_SQ, GRAD_SQ), after=(UPDATE_SQ, DELTA_SQ), keeps_w=True
+    )
+
+    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+        """S `[num_layers]`."""
+        length = (stats.before[DELTA_SQ] * stats.before[GRAD_SQ]).sqrt()
+        cosine = _ratio(stats.before[GRAD_DOT_DELTA], length).clamp(min=0.0)
+        share = _ratio(stats.after[UPDATE_SQ].sqrt(), stats.after[DELTA_SQ].sqrt())
+        return options.weight_decay * cosine * share
