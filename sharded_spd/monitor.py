@@ -51,7 +51,9 @@ class Monitor:
         """Warn once of a pull beyond 1; on a GPU some steps late rather than wait for it."""
         if self._warned:
             return
-        reports = [report["s"].max() for plan in plans for report in plan.reports.values()]
+        reports = [
+            report["s"].nan_to_num(nan=0.0).max() for plan in plans for report in plan.reports.values()
+        ]
         if reports and reports[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return  # an event must not be asked for while a graph is captured
         if reports:

@@ -265,6 +265,8 @@ class Step:
                 if item.part is part:
                     self._pull(item, stats, s, options, active, limit)
         per_layer = stats.over_rows(s, "max").clamp(min=0.0) if by_row else s
+        if rule.spec.granularity == "element" or rule.spec.edits_grad:
+            per_layer = torch.full_like(s, torch.nan)  # what it did is no number per layer
         self._plan.report(part, per_layer, self._report(part, stats, per_layer, flags))
 
     def _decay(self, part: RulePart) -> None:

@@ -21,8 +21,8 @@ def summarize(
     """Numbers per layer and of the whole model from the reports of one step; waits for the device once.
 
     Args:
-        reports: for each rule, its layers' FQNs and `[num_layers]` tensors: "s", "nonfinite" and what the
-            rule adds.
+        reports: for each rule, its layers' FQNs and `[num_layers]` tensors: "s" (NaN: the rule has none per
+            layer, and the activation rate leaves them out), "nonfinite" and what the rule adds.
         norms: |w0| of each layer.
     """
     flat = [t.double() for _, report in reports for t in report.values()]
@@ -38,10 +38,13 @@ def summarize(
             del own["deviation"]
         if "deviation" in own and norms.get(fqn, 0.0) > 0:
             own["deviation_rel"] = own["deviation"] / norms[fqn]
-    pulls = [own["s"] for own in layers.values()]
+        if math.isnan(own["s"]):
+            del own["s"]
+    pulls = [own["s"] for own in layers.values() if "s" in own]
+    rate = sum(s > 0 for s in pulls) / max(len(pulls), 1)
     summary: dict[str, Any] = {
         "num_layers": len(layers),
-        "activation_rate": sum(s > 0 for s in pulls) / len(pulls) if pulls else 0.0,
+        "activation_rate": rate if pulls or not layers else math.nan,
         "pulls_above_one": sum(s > 1 for s in pulls),
         "nonfinite_layers": nonfinite,
     }

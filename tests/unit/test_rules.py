@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -269,3 +270,24 @@ def test_a_layer_that_does_not_step_keeps_its_state() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(params[1][1], weight)
+
+
+@pytest.mark.parametrize("name", ["cwd", "digrap"])
+def test_what_is_no_number_per_layer_has_no_activation_rate(name: str) -> None:
+    """0 would say that this was the plain base optimizer. Layers of another rule count on."""
+    params, others = _parameters(), _parameters()
+    optimizer = AdamSPD(params, lr=0.1, weight_decay=1.0, rule=name)
+    groups = [{"params": others[:1], "rule": name}, {"params": others[1:], "rule": "l2sp"}]
+    mixed = AdamSPD(groups, lr=0.1, weight_decay=1.0)
+    for _ in range(3):
+        for _, p in (*params, *others):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        mixed.step()
+    found = optimizer.projector.metrics()
+    assert math.isnan(found["activation_rate"])
+    assert found["pulls_above_one"] == 0
+    assert not any("s" in own for own in found["layers"].values())
+    found = mixed.projector.metrics()
+    assert found["activation_rate"] == 1.0
+    assert found["layers"]["a.bias"]["s"] == pytest.approx(0.1)

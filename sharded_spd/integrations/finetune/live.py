@@ -88,6 +88,8 @@ class Live:
         rate, deviation = float(metrics["activation_rate"]), metrics.get("deviation_rel")
         if self.engine.shares_layers:
             rate, deviation = self._over_ranks(metrics)
+        if math.isnan(rate):
+            return None, deviation
         self.rates.append(rate)
         return rate, deviation
 
