@@ -43,7 +43,7 @@ def main() -> None:
             _Bench(name, setting, given, pool).run()
     (given.out / "machine.json").write_text(json.dumps(describe("cpu"), indent=1), encoding="utf-8")
     there = [name for name in SETTINGS if (given.out / f"{name}.jsonl").is_file()]
-    summarise({name: list(Book(given.out / f"{name}.jsonl").done.values()) for name in there}, given.out)
+    summarise({name: Book(given.out / f"{name}.jsonl", SETTINGS[name]).lines for name in there}, given.out)
 
 
 class _Bench:
@@ -55,7 +55,7 @@ class _Bench:
         self._name, self._setting = name, setting
         self._smoke: bool = given.smoke
         folder = Path(given.work) / (f"smoke-{name}" if given.smoke else name)
-        self._runs = Runs(setting, Book(given.out / f"{name}.jsonl"), folder, pool)
+        self._runs = Runs(setting, Book(given.out / f"{name}.jsonl", setting), folder, pool)
         self._methods = [m for m in METHODS if setting.probe or m.name != "LP-FT"]
         self._tune_seeds = TUNE_SEEDS[:1] if given.smoke else TUNE_SEEDS
         self._seeds = SEEDS[:2] if given.smoke else SEEDS
@@ -69,7 +69,7 @@ class _Bench:
         chosen = {ADAMW: base, LOW: self._choose(LOW, ADAMW, tried)}
         own = [m.name for m in self._methods if m.name not in chosen]
         self._tune([*own, WISE], tried, of=base)
-        chosen |= {m: self._choose(m, m, tried) for m in (*own, WISE)}
+        chosen |= {m: self._choose(m, m, tried, of=base) for m in (*own, WISE)}
         finals = [Task(self._name, m, c, s, False, base) for m, c in chosen.items() for s in self._seeds]
         self._runs.do([task for task in finals if task.method != WISE])
         self._runs.do([task for task in finals if task.method == WISE])  # takes the weights of AdamW's
@@ -78,13 +78,13 @@ class _Bench:
         tasks = [(m, c, s) for m in methods for c in candidates for s in self._tune_seeds]
         self._runs.do([Task(self._name, m, c, s, True, of) for m, c, s in tasks])
 
-    def _choose(self, name: str, method: str, candidates: Sequence[int], slack: float | None = None) -> int:
+    def _choose(
+        self, name: str, method: str, candidates: Sequence[int], of: int = 0, slack: float | None = None
+    ) -> int:
         """The candidate for `name` among those tried of `method`; `slack`: another than the setting's."""
-        found = {}
-        for c in candidates:
-            lines = [self._runs.book.done[Task(self._name, method, c, s, True).key] for s in self._tune_seeds]
-            found[c] = [line["validation"] for line in lines]
-        any_line = next(line for line in self._runs.book.done.values() if "percent" in line)
+        tasks = {c: [Task(self._name, method, c, s, True, of) for s in self._tune_seeds] for c in candidates}
+        found = {c: self._runs.book.validation(own) for c, own in tasks.items()}
+        any_line = next(line for line in self._runs.book.lines if "percent" in line)
         slack = self._setting.slack if slack is None else slack
         best = choose(found, Tuned(any_line["higher_is_better"], any_line["examples"], slack))
         print(f"{self._name}: {name}: candidate {best} of {found}", flush=True)
@@ -99,7 +99,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/robustness"), help="scratch files")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.smoke and given.out.resolve() == RESULTS.resolve():
+        parser.error("--smoke: name another --out than that of the real results")
+    return given
 
 
 if __name__ == "__main__":

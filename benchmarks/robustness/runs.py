@@ -9,23 +9,44 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from benchmarks.robustness.methods import WISE
 from benchmarks.robustness.settings import Setting
-from benchmarks.robustness.training import Task, prepare, run
+from benchmarks.robustness.training import Task, prepare, run, scratch, settings_of, weights_of
 
 
 class Book:
-    """The trainings of one setting that are done, a line each."""
+    """The trainings of one setting that are done, a line each; other settings than today's do not count."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, setting: Setting) -> None:
+        self._path, self._setting = path, setting
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.done: dict[str, dict[str, Any]] = {found["key"]: found for found in map(json.loads, lines)}
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a run was killed while it wrote the last line
+            path.write_text(whole, encoding="utf-8")
+        self._done: dict[str, dict[str, Any]] = {
+            found["key"]: found for found in map(json.loads, whole.splitlines())
+        }
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All that is written, in its order."""
+        return list(self._done.values())
+
+    def get(self, task: Task) -> dict[str, Any] | None:
+        """The task's line, if it has been done as it would be done now."""
+        line = self._done.get(task.key)
+        return line if line and line["settings"] == settings_of(task, self._setting) else None
+
+    def validation(self, tasks: Sequence[Task]) -> list[float]:
+        """Their scores on the validation set; all have been done."""
+        return [line["validation"] for line in map(self.get, tasks) if line is not None]
 
     def add(self, task: Task, found: dict[str, Any]) -> None:
         """Write down one more."""
-        line = {"key": task.key, **found}
-        self.done[task.key] = line
+        line = {"key": task.key, "settings": settings_of(task, self._setting), **found}
+        self._done.pop(task.key, None)
+        self._done[task.key] = line
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -39,17 +60,36 @@ class Runs:
         self._began = time.perf_counter()
         self._given: list[str] = []
 
-    def prepare(self, steps: int, *, at: Path | None = None) -> None:
-        """Make the pre-trained model, or find it; `at`: elsewhere than with the trainings."""
-        self._given = self._pool.submit(prepare, self._setting, at or self._folder, steps=steps).result()
+    def prepare(self, steps: int) -> None:
+        """Make the pre-trained model, or find it."""
+        self._given = self._pool.submit(prepare, self._setting, self._folder, steps=steps).result()
 
     def do(self, tasks: Sequence[Task]) -> None:
-        """Run what is not done yet."""
-        rest = [task for task in tasks if task.key not in self.book.done]
+        """Run what is not done yet; before WiSE-FT what it takes the weights of, where they are gone.
+
+        Raises:
+            Exception: what the first training raised that failed, after all others.
+        """
+        rest = [task for task in tasks if self.book.get(task) is None]
+        ends = dict.fromkeys(weights_of(task) for task in rest if task.method == WISE)
+        self._run([task for task in ends if not self._weights(task).exists()])
+        self._run(rest)
+
+    def _weights(self, task: Task) -> Path:
+        return self._folder / scratch(task, self._setting) / "checkpoint"
+
+    def _run(self, tasks: Sequence[Task]) -> None:
         waiting = {
-            self._pool.submit(run, task, self._setting, self._given, self._folder): task for task in rest
+            self._pool.submit(run, task, self._setting, self._given, self._folder): task for task in tasks
         }
+        failed: Exception | None = None
         for number, done in enumerate(as_completed(waiting), start=1):
-            self.book.add(waiting[done], done.result())
-            seconds = time.perf_counter() - self._began
-            print(f"{seconds:6.0f} s  {number}/{len(rest)}  {waiting[done].key}", flush=True)
+            task, seconds = waiting[done], time.perf_counter() - self._began
+            try:
+                self.book.add(task, done.result())
+            except Exception as error:
+                failed = failed or error
+                print(f"{task.key}: {error!r}", flush=True)
+            print(f"{seconds:6.0f} s  {number}/{len(tasks)}  {task.key}", flush=True)
+        if failed is not None:
+            raise failed

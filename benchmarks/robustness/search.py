@@ -56,11 +56,8 @@ class Search:
 
     def __init__(self, name: str, main: Book, runs: Runs, scale: Scale) -> None:
         self.name, self._runs, self._scale = name, runs, scale
-        tried = {
-            c: [main.done.get(Task(name, ADAMW, c, s, True).key) for s in scale.tune_seeds]
-            for c in scale.strengths
-        }
-        adamw = {c: [line for line in lines if line] for c, lines in tried.items()}
+        tasks = {c: [Task(name, ADAMW, c, s, True) for s in scale.tune_seeds] for c in scale.strengths}
+        adamw = {c: [line for line in map(main.get, own) if line] for c, own in tasks.items()}
         if not all(len(lines) == len(scale.tune_seeds) for lines in adamw.values()):
             raise SystemExit(f"run python -m benchmarks.robustness --setting {name} first")
         first = next(iter(adamw.values()))[0]
@@ -87,8 +84,8 @@ class Search:
         return above(_mean(self._lines(variant, strength)), self._curve)
 
     def _lines(self, variant: str, strength: int) -> list[dict[str, Any]]:
-        keys = [Task(self.name, variant, strength, s, False).key for s in self._scale.tune_seeds]
-        return [self._runs.book.done[key] for key in keys]
+        tasks = [Task(self.name, variant, strength, s, False, self._base) for s in self._scale.tune_seeds]
+        return [line for line in map(self._runs.book.get, tasks) if line]
 
 
 def _mean(lines: Sequence[Mapping[str, Any]]) -> Point:
@@ -112,15 +109,16 @@ def main() -> None:
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         searches = []
         for name, setting in settings.items():
-            runs = Runs(setting, Book(out / f"{name}.jsonl"), given.work / f"{prefix}{name}", pool)
-            searches.append(Search(name, Book(given.out / f"{name}.jsonl"), runs, scale))
+            runs = Runs(setting, Book(out / f"{name}.jsonl", setting), given.work / f"{prefix}{name}", pool)
+            searches.append(Search(name, Book(given.out / f"{name}.jsonl", setting), runs, scale))
         found = _find(searches, scale)
         for search in searches:
             search.run(list(found.items()), scale.seeds)
-    books = {name: (Book(given.out / f"{name}.jsonl"), Book(out / f"{name}.jsonl")) for name in SETTINGS}
-    write_fronts(
-        {name: [*main.done.values(), *own.done.values()] for name, (main, own) in books.items()}, SEEDS, out
-    )
+    lines = {}
+    for name, setting in settings.items():
+        books = (Book(folder / f"{name}.jsonl", setting) for folder in (given.out, out))
+        lines[name] = [line for book in books for line in book.lines]
+    write_fronts(lines, scale.seeds, out)
 
 
 def _find(searches: Sequence[Search], scale: Scale) -> dict[str, int]:
@@ -146,7 +144,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/robustness"), help="scratch files")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.smoke and given.out.resolve() == RESULTS.resolve():
+        parser.error("--smoke: name another --out than that of the real results")
+    return given
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def _rows(lines: Lines) -> list[dict[str, Any]]:
         _, method, candidate, _, kind = line["key"].split(" ")
         if kind == "final":
             finals.setdefault(method, []).append({**line, "candidate": int(candidate)})
+    for method, own in finals.items():  # of another candidate: chosen once, and not any more
+        finals[method] = [line for line in own if line["candidate"] == own[-1]["candidate"]]
     rows = []
     for method in (m for m in ORDER if m in finals):
         own = finals[method]
@@ -60,6 +62,7 @@ def _rows(lines: Lines) -> list[dict[str, Any]]:
             {
                 "method": method,
                 "chosen": chosen_text(method, own[0]["candidate"]),
+                "last": method != ADAMW and own[0]["candidate"] == 3,
                 "metric": own[0]["metric"],
                 "seeds": len(own),
                 "id": _figure([line["scores"]["test"] for line in own]),
@@ -71,23 +74,27 @@ def _rows(lines: Lines) -> list[dict[str, Any]]:
                 "sets": {name: _figure([line["scores"][name] for line in own]) for name in own[0]["scores"]},
             }
         )
-    starts = [line["zero_shot"] for line in finals.get(ADAMW, ())]
-    kept = [line["zero_shot_retained"] for line in finals.get(ADAMW, ()) if line.get("zero_shot_retained")]
-    return [_start(rows[0], starts[0], kept[0] if kept else []), *rows] if starts else rows
+    plain = finals.get(ADAMW, [])
+    return [_start(rows[0]["metric"], plain), *rows] if plain else rows
 
 
-def _start(
-    other: Mapping[str, Any], scores: Mapping[str, float], retained: Sequence[float]
-) -> dict[str, Any]:
-    """The row of the pre-trained model."""
-    values, none = _ood(scores), [math.nan, math.nan]
-    worst = max(values) if other["metric"] == "perplexity" else min(values)
-    single = {"id": scores["test"], "ood": statistics.fmean(values), "worst": worst}
+def _start(metric: str, lines: Lines) -> dict[str, Any]:
+    """The row of the pre-trained model, from the scores before each training: a new head differs by seed."""
+    starts = [line["zero_shot"] for line in lines]
+    ood = [_ood(scores) for scores in starts]
+    worst = [(max if metric == "perplexity" else min)(values) for values in ood]
+
+    def figure(values: Sequence[float]) -> list[float]:
+        return _figure(values if len({*values}) > 1 else values[:1])
+
     return {
-        **{"method": "pre-trained", "chosen": "", "metric": other["metric"], "seeds": 1},
-        **{name: [value, math.nan] for name, value in single.items()},
-        **{"deviation": none, "rate": none, "retained": _figure(retained)},
-        "sets": {name: [value, math.nan] for name, value in scores.items()},
+        **{"method": "pre-trained", "chosen": "", "last": False, "metric": metric, "seeds": len(lines)},
+        "id": figure([scores["test"] for scores in starts]),
+        "ood": figure([statistics.fmean(values) for values in ood]),
+        "worst": figure(worst),
+        "retained": figure([kept for line in lines for kept in line.get("zero_shot_retained", ())]),
+        **{key: [math.nan, math.nan] for key in ("deviation", "rate")},
+        "sets": {name: figure([scores[name] for scores in starts]) for name in starts[0]},
     }
 
 
@@ -137,6 +144,9 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [_text(row[key], digits) for key in ("id", "ood", "worst")]
         cells += [_text(row[key], 1) for key in (*(("retained",) if kept else ()), "deviation", "rate")]
         lines.append(f"| {row['method']} | {row['chosen']} | {' | '.join(cells)} |")
+    edge = [row["method"] for row in rows if row["last"]]
+    if edge:
+        lines.append(f"\nTook the last of their four: {', '.join(edge)}.")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +57,29 @@ class Task:
         kind = "tune" if self.tune else "final"
         return f"{self.setting} {self.method} {self.candidate} {self.seed} {kind}"
 
-    @property
-    def folder(self) -> str:
-        """Of its scratch files."""
-        return self.key.replace(" ", "-")
+
+def settings_of(task: Task, setting: Setting) -> list[str]:
+    """What the job of a task is told beside the paths: two tasks alike in this are one training."""
+    if task.method == WISE:
+        return [*settings_of(weights_of(task), setting), f"alpha={ALPHAS[task.candidate]:g}"]
+    method = by_name(task.method)
+    settings = [*setting.overrides, f"compare=[{method.rule}]", *method.settings]
+    if method.rule != "adamw":
+        settings.append(f"spd.rule={method.rule}")
+    if method.name == "LP-FT":
+        settings += [f"head_first.lr={setting.head_lr:g}", "head_first.batch_size=40"]
+    return settings + _settled(setting, method.candidates[task.candidate], task.of)
+
+
+def weights_of(task: Task) -> Task:
+    """The training of AdamW whose weights a task of WiSE-FT takes."""
+    return replace(task, method=ADAMW, candidate=task.of)
+
+
+def scratch(task: Task, setting: Setting) -> str:
+    """The name of a task's folder."""
+    told = zlib.crc32("\n".join(settings_of(task, setting)).encode())
+    return f"{task.key.replace(' ', '-')}-{told:08x}"
 
 
 def prepare(setting: Setting, folder: Path, *, steps: int = PRETRAIN_STEPS) -> list[str]:
@@ -99,15 +119,9 @@ def run(task: Task, setting: Setting, given: Sequence[str], folder: Path) -> dic
     quiet_libraries()
     if task.method == WISE:
         return _interpolated(task, setting, given, folder)
+    job = load_job(setting.recipe, [*settings_of(task, setting), *given])
     method = by_name(task.method)
-    settings = [*setting.overrides, *given, f"compare=[{method.rule}]", *method.settings]
-    if method.rule != "adamw":
-        settings.append(f"spd.rule={method.rule}")
-    if method.name == "LP-FT":
-        settings += [f"head_first.lr={setting.head_lr:g}", "head_first.batch_size=40"]
-    settings += _settled(setting, method.candidates[task.candidate], task.of)
-    job = load_job(setting.recipe, settings)
-    here = folder / task.folder
+    here = folder / scratch(task, setting)
     here.mkdir(parents=True, exist_ok=True)
     start = check_checkpoint(job.checkpoint or "", job.revision)
     if not setting.probe:
@@ -148,7 +162,8 @@ def _share_heads(shared: Path, own: Path) -> None:
 def _settled(setting: Setting, candidate: Sequence[str], of: int) -> list[str]:
     """The candidate's settings, with AdamW's learning rate unless they have one of their own."""
     lr = load_job(setting.recipe, setting.overrides).train.lr
-    given = [f"{LR_TIMES}{LR_FACTORS[of]:g}", *candidate]
+    has_own = any(text.startswith(LR_TIMES) for text in candidate)
+    given = candidate if has_own else [f"{LR_TIMES}{LR_FACTORS[of]:g}", *candidate]
     return [
         f"train.lr={lr * float(text.removeprefix(LR_TIMES)):g}" if text.startswith(LR_TIMES) else text
         for text in given
@@ -184,8 +199,8 @@ def _interpolated(task: Task, setting: Setting, given: Sequence[str], folder: Pa
     """AdamW's checkpoint of this seed, part of the way back; `task.candidate` counts in `ALPHAS`."""
     job = load_job(setting.recipe, [*setting.overrides, *given])
     start = check_checkpoint(job.checkpoint or "", job.revision)
-    end = folder / replace(task, method=ADAMW, candidate=task.of).folder / "checkpoint"
-    here = folder / task.folder
+    end = folder / scratch(weights_of(task), setting) / "checkpoint"
+    here = folder / scratch(task, setting)
     shutil.rmtree(here, ignore_errors=True)
     interpolate.write(interpolate.plan(str(start), str(end)), here, ALPHAS[task.candidate])
     layers = _layers(start, here)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from benchmarks.robustness import language
 from benchmarks.robustness.choose import Tuned, choose
 from benchmarks.robustness.fronts import above, beats, write_fronts
 from benchmarks.robustness.methods import METHODS, VARIANTS, WISE
+from benchmarks.robustness.runs import Book
 from benchmarks.robustness.search import defaults
-from benchmarks.robustness.settings import SETTINGS
+from benchmarks.robustness.settings import SETTINGS, smoke
 from benchmarks.robustness.summary import summarise
-from benchmarks.robustness.training import _settled
+from benchmarks.robustness.training import Task, _settled, scratch, settings_of, weights_of
 from sharded_spd.integrations.finetune.config import load_job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +115,60 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "id_ood.png",
         "layers-digits.png",
     }
+
+
+def test_other_settings_are_another_training(tmp_path: Path) -> None:
+    """A line counts only as what would be done now; of a line that was cut short nothing is left."""
+    setting, path = SETTINGS["digits"], tmp_path / "digits.jsonl"
+    task = Task("digits", "SPD", 1, 0, False, of=2)
+    Book(path, setting).add(task, {"validation": 90})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"key": "digits SPD 2 0 final", "val')
+    book = Book(path, setting)
+    line = book.get(task)
+    assert line is not None
+    assert line["validation"] == 90
+    assert "spd.weight_decay=8" in line["settings"]
+    assert "train.lr=0.000125" in line["settings"]
+    assert len(path.read_text().splitlines()) == 1
+    other = replace(task, of=1)
+    assert book.get(other) is None
+    assert Book(path, smoke(setting)).get(task) is None
+    assert scratch(other, setting) != scratch(task, setting)
+    book.add(other, {"validation": 91})
+    again = Book(path, setting)
+    assert again.validation([other]) == [91]
+    assert again.get(task) is None
+    assert len(again.lines) == 1
+
+
+def test_adamw_has_learning_rates_of_its_own() -> None:
+    """Whoever asks for its weights means the same training, and the same folder."""
+    setting = SETTINGS["digits"]
+    own = Task("digits", "AdamW", 1, 0, False)
+    wise = Task("digits", WISE, 3, 0, False, of=1)
+    assert scratch(weights_of(wise), setting) == scratch(own, setting)
+    assert settings_of(wise, setting)[-1] == "alpha=0.2"
+
+
+def test_the_newest_choice_is_the_table_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trainings of a candidate that is not chosen any more stay in the file, not in the mean."""
+    line = {"metric": "accuracy", "higher_is_better": True, "deviation": 0.1, "activation_rate": 0.5}
+    old = {**line, "key": "digits SPD 2 0 final", "scores": {"test": 50, "a": 50}, "layers": {"x": (1, 2)}}
+    new = {**old, "key": "digits SPD 3 0 final", "scores": {"test": 90, "a": 80}}
+    summarise({"digits": [old, new]}, tmp_path)
+    text = capsys.readouterr().out
+    assert "| SPD | λ 512 | 90.0 | 80.0 |" in text
+    assert "Took the last of their four: SPD." in text
+
+
+def test_smoke_leaves_the_results_alone() -> None:
+    for module in ("benchmarks.robustness", "benchmarks.robustness.search"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--smoke"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert "name another --out" in done.stderr
 
 
 def test_beaten() -> None:
