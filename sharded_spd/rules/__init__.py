@@ -59,11 +59,12 @@ def register(rule: _R) -> _R:
             f"got {rule!r}; wanted the class of a rule, a dataclass with a `name` and a `spec` (@register "
             "stands above @dataclass)"
         )
-    known = _RULES.setdefault(name, rule)
-    if known is not rule:
+    known = _RULES.get(name, rule)
+    if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
         raise ConfigError(
             f"got {rule.__qualname__} named {name!r}; {known.__qualname__} has that name, choose another"
         )
+    _RULES[name] = rule  # the same once more, where a notebook's cell runs again
     return rule
 
 
