@@ -55,7 +55,7 @@ class Search:
     """One setting's share of it. `main`: the book of the benchmark itself."""
 
     def __init__(self, name: str, main: Book, runs: Runs, scale: Scale) -> None:
-        self.name, self._runs, self._scale = name, runs, scale
+        self.name, self._main, self._runs, self._scale = name, main, runs, scale
         tasks = {c: [Task(name, ADAMW, c, s, True) for s in scale.tune_seeds] for c in scale.strengths}
         adamw = {c: [line for line in map(main.get, own) if line] for c, own in tasks.items()}
         if not all(len(lines) == len(scale.tune_seeds) for lines in adamw.values()):
@@ -71,7 +71,8 @@ class Search:
     def run(self, tasks: Sequence[tuple[str, int]], seeds: Sequence[int]) -> None:
         """Train these variants, at these strengths, on these seeds."""
         self._runs.prepare(self._scale.pretrain_steps)
-        self._runs.do([Task(self.name, v, c, s, False, self._base) for v, c in tasks for s in seeds])
+        wanted = [Task(self.name, v, c, s, False, self._base) for v, c in tasks for s in seeds]
+        self._runs.do([task for task in wanted if self._main.get(task) is None])
 
     def good(self, variant: str) -> set[int]:
         """The strengths that validation cannot tell from the best one, or from AdamW."""
