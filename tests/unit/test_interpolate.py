@@ -16,7 +16,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sharded_spd.anchors import interpolate as work
-from sharded_spd.anchors.interpolate import parse_alphas, plan, write
+from sharded_spd.anchors.alphas import parse_alphas
+from sharded_spd.anchors.interpolate import plan, write
 from sharded_spd.cli.app import app
 from sharded_spd.errors import AnchorError, ConfigError
 
@@ -92,7 +93,7 @@ def test_files(tmp_path: Path, ends) -> None:
         (folder / name).write_text("{}")
     (folder / "anchor.json").unlink()  # a damaged manifest is an error of its own
     target = write(plan(*ends), tmp_path / "mixed", 0.5)
-    kept = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    kept = {"config.json", "tokenizer.json", "model.safetensors.index.json", "interpolation.json"}
     assert {p.name for p in target.iterdir()} == {"model-0.safetensors", "model-1.safetensors", *kept}
     assert json.loads((target / "config.json").read_text()) == {"of": "second"}
     again = plan(ends[0], str(target))
@@ -104,7 +105,7 @@ def test_single_file_of_several(tmp_path: Path, ends) -> None:
     """A file that is named alone is mixed alone, without an index that names others."""
     one = Path(ends[1]) / "model-0.safetensors"
     target = write(plan(ends[0], str(one)), tmp_path / "mixed", 0.5)
-    assert {p.name for p in target.iterdir()} == {"model-0.safetensors", "config.json"}
+    assert {p.name for p in target.iterdir()} == {"model-0.safetensors", "config.json", "interpolation.json"}
     assert everything(target).keys() == load_file(one).keys()
 
 
