@@ -116,6 +116,7 @@ def _score_all(
     plan: work.Plan, output: Path, alphas: Sequence[float], job: Path, settings: Sequence[str], *, stay: bool
 ) -> None:
     from sharded_spd.integrations.finetune.job import quiet_libraries
+    from sharded_spd.integrations.finetune.resume import FREE
     from sharded_spd.integrations.finetune.score import Scorer
     from sharded_spd.integrations.finetune.score_file import Scored, ScoreFile
 
@@ -123,7 +124,7 @@ def _score_all(
     config = load_job(job, settings)
     scorer = Scorer(config)
     metric = scorer.metrics[0]
-    of = {**plan.origin.to_dict(), "job": asdict(config)}
+    of = {**plan.origin.to_dict(), "job": {k: v for k, v in asdict(config).items() if k not in FREE}}
     scores = ScoreFile(output, of=of, metric=metric.name, percent=metric.percent)
     scorer.prepare(plan.end.folder)  # before anything large is written
     for alpha in alphas:
