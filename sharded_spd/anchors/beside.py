@@ -20,8 +20,9 @@ _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
     ".ggml", ".npz", ".npy", ".pkl", ".pickle", ".ot", ".tflite", ".mlmodel",
 )  # fmt: skip
-# An index of other weights, the manifest and the record would be false beside new weights.
-_UNTRUE = (".index.json", MANIFEST, RECORD)
+# They would be false beside new weights, as would an index of others.
+_UNTRUE = (MANIFEST, RECORD, "scores.json")
+_OTHER_INDEX = ".index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,18 @@ def companions(checkpoint: Checkpoint) -> Companions:
 def _belongs(path: Path) -> bool:
     name = path.name
     known = name.endswith(_ENDINGS) or name.startswith(_LEGAL)
-    return known and path.is_file() and not name.startswith(".") and not name.endswith((*_WEIGHTS, *_UNTRUE))
+    other = name.startswith(".") or name in _UNTRUE or name.endswith((*_WEIGHTS, _OTHER_INDEX))
+    return known and not other and path.is_file()
 
 
 def _of_folder(folder: Path) -> list[str]:
     """What belongs to the checkpoint in a folder of it; nothing where that is a model or a tree itself."""
     if folder.name.startswith((".", "__")) or folder.is_symlink():
         return []
-    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__"))]
+    try:
+        paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__"))]
+    except OSError:  # not ours to read, so no part of what is
+        return []
     if any(path.is_dir() or path.name.endswith(_WEIGHTS) for path in paths):
         return []
     return [path.name for path in paths if _belongs(path)]

@@ -219,14 +219,21 @@ def files_in(folder: Path) -> set[str]:
 
 
 BESIDE = ("README.md", "LICENSE", "tokenizer.model", "chat.jinja", "code.py", "1_Pooling/config.json")
-FOREIGN = (".env", "dataset.tar", "model.gguf", "data.npz", "anchor.bin", "notes.pdf", "onnx/config.json")
+FOREIGN = (".env", "dataset.tar", "model.gguf", "data.npz", "anchor.bin", "notes.pdf", "out/scores.json")
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_what_belongs_beside_the_weights(tmp_path: Path, ends, alone: bool) -> None:
     """Of a directory, and of a lone file beside a config.json: what a checkpoint's directory has, no more."""
     folder = Path(ends[1])
-    for name in (*BESIDE, *FOREIGN, "onnx/model.onnx", "runs/a/config.json", "pytorch_model.bin.index.json"):
+    for name in (
+        *BESIDE,
+        *FOREIGN,
+        "onnx/config.json",
+        "onnx/model.onnx",
+        "runs/a/config.json",
+        "pytorch_model.bin.index.json",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     end = folder / "model-0.safetensors" if alone else folder
@@ -236,7 +243,7 @@ def test_what_belongs_beside_the_weights(tmp_path: Path, ends, alone: bool) -> N
         weights |= {"model-1.safetensors", "model.safetensors.index.json"}
     got = files_in(write(found, tmp_path / "mixed", 0.5))
     assert got == {*BESIDE, *weights, "config.json", "interpolation.json"}
-    assert set(found.beside.left) >= {".env", "dataset.tar", "model.gguf", "onnx/", "runs/"}
+    assert set(found.beside.left) >= {".env", "dataset.tar", "model.gguf", "onnx/", "runs/", "out/"}
     assert found.beside.left[-1] == ".env"
 
 
