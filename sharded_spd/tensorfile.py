@@ -34,6 +34,27 @@ class Entry:
         """How many bytes it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def stored_as(self) -> str:
+        """What safetensors calls its dtype.
+
+        Raises:
+            TypeError: it has no such dtype.
+        """
+        if self.dtype not in DTYPES:
+            raise TypeError(f"{self.name}: safetensors has no {self.dtype}")
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class RawEntry:
+    """A tensor whose bytes come from another file, of whatever kind that says."""
+
+    name: str
+    stored_as: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
 
 class TensorFile:
     """A new safetensors file of `entries`, whose tensors are appended in that order; on the disk when closed.
@@ -46,17 +67,15 @@ class TensorFile:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        entries: Sequence[Entry],
+        entries: Sequence[Entry | RawEntry],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
         begin = 0
         for entry in entries:
-            if entry.dtype not in DTYPES:
-                raise TypeError(f"{entry.name}: safetensors has no {entry.dtype}")
             end = begin + entry.num_bytes
             header[entry.name] = {
-                "dtype": DTYPES[entry.dtype],
+                "dtype": entry.stored_as,
                 "shape": list(entry.shape),
                 "data_offsets": [begin, end],
             }

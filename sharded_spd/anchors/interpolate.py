@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,30 +15,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sharded_spd.anchors.checkpoint import INDEX, Checkpoint
-from sharded_spd.anchors.manifest import MANIFEST
+from sharded_spd.anchors.beside import Companions, companions
+from sharded_spd.anchors.checkpoint import Checkpoint
+from sharded_spd.anchors.lineage import Origin, write_record
 from sharded_spd.anchors.paths import some
-from sharded_spd.anchors.reader import StoredTensor, read_piece
+from sharded_spd.anchors.reader import FLOATS, StoredTensor, read_piece
 from sharded_spd.anchors.scan import Progress, chunks
+from sharded_spd.anchors.tied import match_tied
 from sharded_spd.errors import AnchorError
 from sharded_spd.layout import FlatRange
 from sharded_spd.names import match_names
-from sharded_spd.tensorfile import DTYPES, Entry, TensorFile
+from sharded_spd.tensorfile import RawEntry, TensorFile
 
 _CHUNK = 1 << 19  # elements; with float64 copies of both ends 12 MiB
-_STORED_AS = {name: dtype for dtype, name in DTYPES.items()}
-_WEIGHTS = (
-    ".safetensors",
-    INDEX,
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-)
+_WHOLE = re.compile(r"[IU]\d+|BOOL")
+"""Kinds between two values of which nothing lies; they are the second checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +48,14 @@ class Plan:
     end: Checkpoint
     pairs: Sequence[Pair]
     left_out: Sequence[str]
+    beside: Companions
+    origin: Origin
 
     @property
     def kept(self) -> list[str]:
-        """The tensors that are the second checkpoint's own at every alpha."""
-        return [pair.end.name for pair in self.pairs if pair.start is None]
+        """The tensors that are the second checkpoint's own at every alpha, weights first."""
+        kept = sorted((pair.end for pair in self.pairs if pair.start is None), key=lambda t: t.dtype is None)
+        return [tensor.name for tensor in kept]
 
     @property
     def num_bytes(self) -> int:
@@ -74,36 +70,52 @@ def plan(start: str, end: str, *, keep: Sequence[str] = ()) -> Plan:
         start: the pre-trained checkpoint: a file, an index, a directory, or a name in the hub's cache.
         end: the fine-tuned one, whose names, dtypes and files the result has.
         keep: patterns of tensors that stay as they are in `end`, as do those that `start` lacks (new heads)
-            and those that are not floating point.
+            and integers.
 
     Raises:
-        AnchorError: a checkpoint is damaged, they share no tensor, a pattern fits none, or a shape differs.
+        AnchorError: a checkpoint is damaged, they share no tensor, a pattern fits none, a shape differs, or a
+            tensor is of another kind (FP8, complex) and not among `keep`.
     """
     first, second = Checkpoint(start), Checkpoint(end)
     names = match_names(list(second.files()), first.files())
+    names.update(match_tied(first, second, names))
     unused = [p for p in keep if not any(fnmatchcase(name, p) for name in second.files())]
     if unused:
         raise AnchorError(f"keep: {some(unused)} fits no tensor of {end}")
-    pairs, other = [], []
+    pairs, other, unmixable = [], [], []
     for key in second.files():
         tensor = second.tensor(key)
-        stays = key not in names or tensor.dtype is None or any(fnmatchcase(key, p) for p in keep)
+        stays = key not in names or any(fnmatchcase(key, p) for p in keep)
+        stays = stays or _WHOLE.fullmatch(tensor.stored_as) is not None
         found = None if stays else first.tensor(names[key])
         pairs.append(Pair(tensor, found))
-        if found is not None and (found.dtype is None or found.shape != tensor.shape):
+        if found is None:
+            continue
+        if tensor.dtype is None:
+            unmixable.append(f"{key} is {tensor.stored_as}")
+        elif found.dtype is None or found.shape != tensor.shape:
             other.append(
                 f"{key} is {found.stored_as} {list(found.shape)} there, "
                 f"{tensor.stored_as} {list(tensor.shape)} here"
             )
+    way_out = "keep=PATTERN (--keep PATTERN) takes the second checkpoint's as they are"
+    if unmixable:
+        raise AnchorError(
+            f"{end}: {len(unmixable)} tensor(s) are of a kind that is not mixed ({'; '.join(unmixable[:3])})"
+            f"; wanted one of {', '.join(FLOATS)}; {way_out}"
+        )
     if other:
         raise AnchorError(
             f"{start} and {end}: {len(other)} tensor(s) differ in shape or kind ({'; '.join(other[:3])}): "
-            "nothing lies between them; keep=PATTERN takes the second checkpoint's as they are"
+            f"nothing lies between them; {way_out}"
         )
     if all(pair.start is None for pair in pairs):
         raise AnchorError(f"{start} and {end}: share no floating-point tensor: two different models?")
-    taken = set(names.values())
-    return Plan(first, second, pairs, [key for key in first.files() if key not in taken])
+    taken, beside = set(names.values()), companions(second)
+    files = [*map(Path, second.files().values()), *(second.folder / name for name in beside.taken)]
+    origin = Origin.of((first.root, first.files().values()), (second.root, files), keep)
+    left_out = [key for key in first.files() if key not in taken]
+    return Plan(first, second, pairs, left_out, beside, origin)
 
 
 def between(start: Tensor, end: Tensor, alpha: float) -> Tensor:
@@ -119,8 +131,8 @@ def write(
 ) -> Path:
     """Write the checkpoint at `alpha` (0: the first one, 1: the second) to the new directory `target`.
 
-    Beside the tensors it holds what the second checkpoint's directory does: configuration, tokenizer. Written
-    beside and renamed: `target` is there whole or not at all.
+    Beside the tensors it holds what belongs to the second checkpoint (`companions`), and a record of what
+    it is (`lineage`). Written beside and renamed: `target` is there whole or not at all.
 
     Raises:
         AnchorError: `alpha` is not finite, `target` exists, cannot be written, or a file changed meanwhile.
@@ -134,13 +146,17 @@ def write(
     files: dict[str, list[Pair]] = {}
     for pair in found.pairs:
         files.setdefault(pair.end.path, []).append(pair)
+    _clear_stale(beside.parent, folder.name)
     try:
         beside.mkdir(parents=True)
-        _copy_others(found.end, beside)
+        for name in found.beside.taken:
+            (beside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(found.end.folder / name, beside / name)
         for path, pairs in files.items():
             to = beside / found.end.relative(path)
             to.parent.mkdir(parents=True, exist_ok=True)
             _write_file(to, pairs, alpha, progress)
+        write_record(beside, found.origin, alpha)
         os.rename(beside, folder)
     except OSError as error:
         raise AnchorError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -149,32 +165,36 @@ def write(
     return folder
 
 
-def _copy_others(end: Checkpoint, to: Path) -> None:
-    """The files beside the weights, and the index, which stays true: no name, shape or dtype changes."""
-    for path in sorted(end.folder.iterdir()):
-        is_index = path.name.endswith(INDEX) and (end.root.is_dir() or path == end.root)
-        if path.is_file() and (is_index or not (path.name.endswith(_WEIGHTS) or path.name == MANIFEST)):
-            shutil.copyfile(path, to / path.name)
+def _clear_stale(parent: Path, name: str) -> None:
+    """Remove what processes that were killed while they wrote this folder have left of it."""
+    for path in parent.glob(f".{glob.escape(name)}.*"):
+        pid = path.name.removeprefix(f".{name}.")
+        # This process's own number, too: in a container it is the same after each start.
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _runs(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or no process's number at all
+        pass
+    return True
 
 
 def _write_file(path: Path, pairs: Sequence[Pair], alpha: float, progress: Progress | None) -> None:
-    entries = {pair.end.name: _entry(pair.end) for pair in pairs}
     # Wide elements first, so that all lie aligned.
-    ordered = sorted(pairs, key=lambda pair: -entries[pair.end.name].dtype.itemsize)
-    with TensorFile(path, [entries[pair.end.name] for pair in ordered], {"format": "pt"}) as file:
+    ordered = sorted(pairs, key=lambda pair: -pair.end.num_bytes / max(1, math.prod(pair.end.shape)))
+    ends = [pair.end for pair in ordered]
+    entries = [RawEntry(end.name, end.stored_as, end.shape, end.num_bytes) for end in ends]
+    with TensorFile(path, entries, {"format": "pt"}) as file:
         for pair in ordered:
             for part in _parts(pair, alpha):
                 file.append(part)
                 if progress is not None:
                     progress(part.numel() * part.element_size())
-
-
-def _entry(tensor: StoredTensor) -> Entry:
-    if tensor.stored_as not in _STORED_AS:
-        raise AnchorError(
-            f"{tensor.path}: {tensor.name!r} is {tensor.stored_as}; wanted one of {', '.join(_STORED_AS)}"
-        )
-    return Entry(tensor.name, _STORED_AS[tensor.stored_as], tensor.shape)
 
 
 def _parts(pair: Pair, alpha: float) -> Iterator[Tensor]:
@@ -189,33 +209,3 @@ def _parts(pair: Pair, alpha: float) -> Iterator[Tensor]:
         count, where = min(_CHUNK, numel - begin), FlatRange(begin)
         a, b = (read_piece(t, where, numel=count) for t in (start, end))
         yield between(a, b, alpha).to(end.dtype)
-
-
-def parse_alphas(text: str) -> list[float]:
-    """The numbers of "0.5", "0,0.3,1" or "0:1:0.1" (both ends included).
-
-    Raises:
-        AnchorError: it is none of these.
-    """
-    wanted = f"alpha: wanted a number, numbers with commas, or first:last:step, got {text!r}"
-    try:
-        parts = [float(part) for part in text.split(":")] if ":" in text else []
-        numbers = [] if parts else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise AnchorError(wanted) from None
-    if parts:
-        if len(parts) != 3 or not all(map(math.isfinite, parts)) or parts[2] <= 0 or parts[1] < parts[0]:
-            raise AnchorError(wanted)
-        first, last, step = parts
-        count = math.floor((last - first) / step + 1e-9) + 1
-        if count > 1000:
-            raise AnchorError(f"alpha: {text} is {count} checkpoints; wanted at most 1000")
-        numbers = [round(first + i * step, 10) for i in range(count)]
-    if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
-        raise AnchorError(f"{wanted}; each finite and none twice")
-    return numbers
-
-
-def folder_of(output: str | os.PathLike[str], alpha: float) -> Path:
-    """Where the checkpoint of one alpha goes: `output/alpha-0.3`."""
-    return Path(output) / f"alpha-{alpha:.10g}"

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from sharded_spd.anchors import interpolate as work
+from sharded_spd.anchors.alphas import folder_of, parse_alphas
+from sharded_spd.anchors.lineage import is_same
 from sharded_spd.anchors.paths import some
 from sharded_spd.cli.progress import showing
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.config import load_job
 
+if TYPE_CHECKING:
+    from sharded_spd.integrations.finetune.metrics import Metric, UserMetric
+    from sharded_spd.integrations.finetune.score_file import Scored
+
 _PATH = "a safetensors file, an index, a directory, or a name in the hub's local cache"
+_ALPHA = (
+    "0: the first, 1: the second, below 0 or above 1: beyond them. 0.5, or 0.3,0.5, or FIRST:LAST:STEP: "
+    "0:1:0.1 ends at 1, 0:1:0.3 at 0.9."
+)
 
 
 def interpolate(
@@ -27,9 +42,7 @@ def interpolate(
     settings: Annotated[
         list[str] | None, typer.Argument(help="Settings on top of the job's, with --evaluate.")
     ] = None,
-    alpha: Annotated[
-        str, typer.Option(help="0: the first, 1: the second. 0.5, or 0.3,0.5, or 0:1:0.1.")
-    ] = "0.5",
+    alpha: Annotated[str, typer.Option(help=_ALPHA)] = "0.5",
     output: Annotated[Path, typer.Option("--output", "-o", help="Gets an alpha-... for each.")] = Path(
         "interpolated"
     ),
@@ -37,7 +50,10 @@ def interpolate(
         list[str] | None, typer.Option(help="Pattern of tensors that stay as in the second checkpoint.")
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help="A job's YAML file: score each on its sets, in one process.")
+        Path | None,
+        typer.Option(
+            help="A job's YAML file: score each on its sets, in one process; goes on with what is there."
+        ),
     ] = None,
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="With --evaluate: no checkpoint stays.")
@@ -47,45 +63,87 @@ def interpolate(
     if evaluate is None and (scores_only or settings):
         what = "--scores-only" if scores_only else f"{' '.join(settings or ())}: a setting of a job"
         raise ConfigError(f"{what} goes with --evaluate JOB.yaml")
-    alphas = work.parse_alphas(alpha)
-    there = [str(work.folder_of(output, a)) for a in alphas if work.folder_of(output, a).exists()]
-    if there:
-        raise ConfigError(f"{some(there)}: there already; name another --output, or remove it first")
+    alphas = parse_alphas(alpha)
+    there = [a for a in alphas if folder_of(output, a).exists()]
+    if evaluate is None:
+        _refuse(output, there)
     plan = work.plan(start, end, keep=tuple(keep or ()))
+    _refuse(output, [a for a in there if not is_same(folder_of(output, a), plan.origin, a)])
     if plan.kept:
         print(f"as in {end} at every alpha: {some(plan.kept)}", file=sys.stderr)
     if plan.left_out:
         print(f"left out, {end} has no such tensor: {some(plan.left_out)}", file=sys.stderr)
-    if evaluate is None:
-        for a in alphas:
-            print(f"wrote {_write(plan, output, a)}")
-    else:
-        _score_all(plan, output, alphas, evaluate, settings or (), stay=not scores_only)
+    if plan.beside.left:
+        print(f"not taken from beside {end}: {some(plan.beside.left)}", file=sys.stderr)
+    with _ending_on_sigterm():
+        if evaluate is None:
+            for a in alphas:
+                print(f"wrote {_write(plan, output, a)}")
+        else:
+            _score_all(plan, output, alphas, evaluate, settings or (), stay=not scores_only)
+
+
+def _refuse(output: Path, alphas: Sequence[float]) -> None:
+    if alphas:
+        folders = some([str(folder_of(output, a)) for a in alphas])
+        raise ConfigError(f"{folders}: there already; name another --output, or remove it first")
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM an exception, so that no half of a checkpoint stays; a second one ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write(plan: work.Plan, output: Path, alpha: float) -> Path:
     with showing(f"alpha {alpha:g}", total=plan.num_bytes) as progress:
-        return work.write(plan, work.folder_of(output, alpha), alpha, progress)
+        return work.write(plan, folder_of(output, alpha), alpha, progress)
 
 
 def _score_all(
     plan: work.Plan, output: Path, alphas: Sequence[float], job: Path, settings: Sequence[str], *, stay: bool
 ) -> None:
     from sharded_spd.integrations.finetune.job import quiet_libraries
-    from sharded_spd.integrations.finetune.score import Scored, Scorer, write_scores
+    from sharded_spd.integrations.finetune.resume import FREE
+    from sharded_spd.integrations.finetune.score import Scorer
+    from sharded_spd.integrations.finetune.score_file import Scored, ScoreFile
 
     quiet_libraries()
-    scorer = Scorer(load_job(job, settings))
-    scored = []
-    for alpha in alphas:
-        folder = _write(plan, output, alpha)
-        try:
-            scored.append(Scored(alpha, scorer.score(folder)))
-        finally:
-            if not stay:
-                shutil.rmtree(folder, ignore_errors=True)
+    config = load_job(job, settings)
+    scorer = Scorer(config)
     metric = scorer.metrics[0]
-    write_scores(scored, output, metric=metric.name, percent=metric.percent)
+    of = {**plan.origin.to_dict(), "job": {k: v for k, v in asdict(config).items() if k not in FREE}}
+    scores = ScoreFile(output, of=of, metric=metric.name, percent=metric.percent)
+    scorer.prepare(plan.end.folder)  # before anything large is written
+    for alpha in alphas:
+        folder = folder_of(output, alpha)
+        there = folder.exists()
+        try:
+            if there:
+                print(f"{folder}: there already, the same", file=sys.stderr)
+            else:
+                _write(plan, output, alpha)
+            scores.add(Scored(alpha, scorer.score(folder)))
+        finally:
+            if not stay and not there:
+                shutil.rmtree(folder, ignore_errors=True)
+    _show(scores.rows, metric)
+    print(f"wrote {output / 'scores.json'} and id_ood.png")
+
+
+def _show(scored: Sequence[Scored], metric: Metric | UserMetric) -> None:
     digits = 1 if metric.percent else 3
     table = Table(title=f"{metric.name}{' in %' if metric.percent else ''}", title_justify="left")
     sets, kept = list(scored[0].scores.metrics), list(scored[0].scores.retained)
@@ -96,4 +154,3 @@ def _score_all(
         values += [row.scores.retained[name] for name in kept]
         table.add_row(f"{row.alpha:g}", *("-" if v != v else f"{v:.{digits}f}" for v in values))
     Console().print(table)
-    print(f"wrote {output / 'scores.json'} and id_ood.png")

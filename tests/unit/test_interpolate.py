@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sharded_spd.anchors import interpolate as work
-from sharded_spd.anchors.interpolate import parse_alphas, plan, write
+from sharded_spd.anchors.alphas import parse_alphas
+from sharded_spd.anchors.interpolate import plan, write
 from sharded_spd.cli.app import app
 from sharded_spd.errors import AnchorError, ConfigError
 
@@ -92,7 +96,7 @@ def test_files(tmp_path: Path, ends) -> None:
         (folder / name).write_text("{}")
     (folder / "anchor.json").unlink()  # a damaged manifest is an error of its own
     target = write(plan(*ends), tmp_path / "mixed", 0.5)
-    kept = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    kept = {"config.json", "tokenizer.json", "model.safetensors.index.json", "interpolation.json"}
     assert {p.name for p in target.iterdir()} == {"model-0.safetensors", "model-1.safetensors", *kept}
     assert json.loads((target / "config.json").read_text()) == {"of": "second"}
     again = plan(ends[0], str(target))
@@ -104,7 +108,7 @@ def test_single_file_of_several(tmp_path: Path, ends) -> None:
     """A file that is named alone is mixed alone, without an index that names others."""
     one = Path(ends[1]) / "model-0.safetensors"
     target = write(plan(ends[0], str(one)), tmp_path / "mixed", 0.5)
-    assert {p.name for p in target.iterdir()} == {"model-0.safetensors", "config.json"}
+    assert {p.name for p in target.iterdir()} == {"model-0.safetensors", "config.json", "interpolation.json"}
     assert everything(target).keys() == load_file(one).keys()
 
 
@@ -150,11 +154,30 @@ def test_alphas() -> None:
     assert parse_alphas("0:1:0.4") == [0, 0.4, 0.8]
     assert parse_alphas("0.5") == [0.5]
     assert parse_alphas("0, .3,1") == [0, 0.3, 1]
+    assert parse_alphas("0:1:0.3") == [0, 0.3, 0.6, 0.9]
+    assert parse_alphas("-0.5,1.5") == [-0.5, 1.5]
+    assert str(parse_alphas("-0")[0]) == "0.0"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", "0:1", "0:1:0", "0:1:-1", "1:0:0.1", "0,0", "nan", "0:inf:1", "0:1:1e-9", "1,,2", "0:1:1:1"],
+    [
+        *(
+            "",
+            "a",
+            "0:1",
+            "0:1:0",
+            "0:1:-1",
+            "1:0:0.1",
+            "0,0",
+            "nan",
+            "0:inf:1",
+            "0:1:1e-9",
+            "1,,2",
+            "0:1:1:1",
+        ),
+        *("0:1:1e-320", "0,-0", "0.1,0.10000000000001"),
+    ],
 )
 def test_wrong_alphas(text: str) -> None:
     with pytest.raises(AnchorError, match="alpha: "):
@@ -189,3 +212,122 @@ def test_command(tmp_path: Path, ends) -> None:
     alone = run("--scores-only", "-o", str(tmp_path / "new")).exception
     assert isinstance(alone, ConfigError)
     assert "goes with --evaluate" in str(alone)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+BESIDE = ("README.md", "LICENSE", "tokenizer.model", "chat.jinja", "code.py", "1_Pooling/config.json")
+FOREIGN = (".env", "dataset.tar", "model.gguf", "data.npz", "anchor.bin", "notes.pdf", "out/scores.json")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_belongs_beside_the_weights(tmp_path: Path, ends, alone: bool) -> None:
+    """Of a directory, and of a lone file beside a config.json: what a checkpoint's directory has, no more."""
+    folder = Path(ends[1])
+    for name in (
+        *BESIDE,
+        *FOREIGN,
+        "onnx/config.json",
+        "onnx/model.onnx",
+        "runs/a/config.json",
+        "pytorch_model.bin.index.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    end = folder / "model-0.safetensors" if alone else folder
+    found = plan(ends[0], str(end))
+    weights = {"model-0.safetensors"}
+    if not alone:
+        weights |= {"model-1.safetensors", "model.safetensors.index.json"}
+    got = files_in(write(found, tmp_path / "mixed", 0.5))
+    assert got == {*BESIDE, *weights, "config.json", "interpolation.json"}
+    assert set(found.beside.left) >= {".env", "dataset.tar", "model.gguf", "onnx/", "runs/", "out/"}
+    assert found.beside.left[-1] == ".env"
+
+
+def test_nothing_is_taken_from_beside_a_lone_file(tmp_path: Path) -> None:
+    """Whose directory is no checkpoint's."""
+    home = tmp_path / "home"
+    (home / "1_Pooling").mkdir(parents=True)
+    save_file(second(), home / "ft.safetensors")
+    for name in (".env", "dataset.tar", "notes.txt", "1_Pooling/config.json"):
+        (home / name).write_text("{}")
+    start = save(tmp_path / "first", first())
+    done = CliRunner().invoke(
+        app, ["interpolate", str(start), str(home / "ft.safetensors"), "-o", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.exception
+    assert files_in(tmp_path / "out" / "alpha-0.5") == {"ft.safetensors", "interpolation.json"}
+    assert "not taken from beside" in done.stderr
+    assert "1_Pooling/, dataset.tar, notes.txt, .env" in done.stderr
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64])
+def test_kinds_that_are_not_mixed(tmp_path: Path, kind: torch.dtype) -> None:
+    """Refused before anything is written; with keep they are copied, as are integers in any case."""
+    odd = torch.arange(6).to(kind)
+    name = {torch.float8_e4m3fn: "F8_E4M3", torch.complex64: "C64"}[kind]
+    start = save(tmp_path / "start", {**first(), "odd": odd * 0 if kind.is_complex else odd})
+    end = save(tmp_path / "end", {**second(), "odd": odd})
+    with pytest.raises(AnchorError, match=rf"odd is {name}.*wanted one of F64.*--keep PATTERN"):
+        plan(str(start), str(end))
+    out = tmp_path / "out"
+    refused = CliRunner().invoke(app, ["interpolate", str(start), str(end), "-o", str(out)])
+    assert isinstance(refused.exception, AnchorError)
+    assert not out.exists()
+    got = everything(write(plan(str(start), str(end), keep=["od*"]), tmp_path / "mixed", 0.5))
+    assert got["odd"].dtype == kind
+    assert torch.equal(got["odd"].view(torch.uint8), odd.view(torch.uint8))
+    assert torch.equal(got["steps"], second()["steps"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "names", [("lm_head.weight", "model.embed_tokens.weight"), ("wte.weight", "lm_head.weight")]
+)
+def test_tied_weights_under_two_names(tmp_path: Path, names: tuple[str, str], tied: bool) -> None:
+    """They are one tensor where the configuration says so, else the line that names what stays names it."""
+    a, b = first(), second()
+    start = save(tmp_path / "start", {**a, names[0]: torch.zeros(8, 2)})
+    end = save(tmp_path / "end", {**b, names[1]: torch.ones(8, 2)})
+    (end / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    found = plan(str(start), str(end))
+    assert (names[1] in found.kept) != tied
+    assert (names[0] in found.left_out) != tied
+    got = everything(write(found, tmp_path / "mixed", 0.25))[names[1]]
+    assert torch.equal(got, torch.full((8, 2), 0.25 if tied else 1.0))
+
+
+def test_remains_of_killed_commands(tmp_path: Path, ends) -> None:
+    """What lies beside the target is cleared if its process is gone, or had this one's number."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    stale = [tmp_path / f".mixed.{pid}" for pid in (gone.pid, os.getpid())]
+    others = [tmp_path / name for name in (f".mixed.{os.getppid()}", ".mixed.x", f".mixed.1.{gone.pid}")]
+    for folder in (*stale, *others):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    write(plan(*ends), tmp_path / "mixed", 0.5)
+    assert not any(folder.exists() for folder in stale)
+    assert all(folder.exists() for folder in others)
+
+
+def test_sigterm(tmp_path: Path, ends, monkeypatch) -> None:
+    """Nothing stays of the checkpoint in work; the handler of before is put back."""
+    read = work.read_piece
+
+    def read_and_be_told_to_end(*args: Any, **more: Any) -> Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*args, **more)
+
+    monkeypatch.setattr(work, "read_piece", read_and_be_told_to_end)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        done = CliRunner().invoke(app, ["interpolate", *ends, "-o", str(tmp_path / "out")])
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.exit_code == 143
+    assert not any((tmp_path / "out").iterdir())

@@ -24,10 +24,10 @@ from sharded_spd.projector import Projector
 AUTO = "auto"
 """For `--resume`: the newest run of this job that is not finished, or a new one."""
 
-_FREE = frozenset(
+FREE = frozenset(
     {"engine", "ranks", "device", "output_dir", "eval_batch_size", "save", "checkpointing", "track"}
 )
-"""What may differ from the run that is resumed: none of it changes what is trained."""
+"""Settings that may differ from the run that is gone on with: none of them changes a model or its scores."""
 
 _PROGRESS = "progress.json"
 
@@ -124,7 +124,7 @@ def _differing(config: JobConfig, directory: Path) -> list[str]:
     if theirs is None:
         raise ConfigError(f"--resume: {directory} is no run: it has no readable config.json")
     own = json.loads(config.to_json())
-    return [key for key in own if key not in _FREE and own[key] != theirs.get(key)]
+    return [key for key in own if key not in FREE and own[key] != theirs.get(key)]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sharded_spd.errors import ConfigError
@@ -14,19 +14,10 @@ from sharded_spd.integrations.finetune.engines import engine_factory
 from sharded_spd.integrations.finetune.evaluate import evaluate, retained
 from sharded_spd.integrations.finetune.examples import ExampleSet, Splits
 from sharded_spd.integrations.finetune.metrics import Metric, UserMetric, make_metrics
-from sharded_spd.integrations.finetune.plot import draw_path
-from sharded_spd.integrations.finetune.records import ID, Evaluation, plain_json
+from sharded_spd.integrations.finetune.records import ID, Evaluation
 from sharded_spd.integrations.finetune.stopping import VALIDATION
 from sharded_spd.integrations.finetune.tasks import Task, make_task
 from sharded_spd.integrations.finetune.world import World, pick_device
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A checkpoint between two others, and its scores on each set."""
-
-    alpha: float
-    scores: Evaluation
 
 
 class Scorer:
@@ -49,22 +40,31 @@ class Scorer:
         task = make_task(self._job, self._device)
         self.metrics = make_metrics(job.metrics or task.metrics[:1], known=task.metrics)
 
+    def prepare(self, checkpoint: Path) -> None:
+        """Read the job's data for a checkpoint, or for those with the same configuration and tokenizer."""
+        self._ready(checkpoint)
+
     def score(self, checkpoint: Path) -> Evaluation:
         """All metrics of one checkpoint on the test sets, and on the validation set where there is one."""
         job, world = self._job, self._world
-        task = make_task(job, self._device)
+        task, splits = self._ready(checkpoint)
+        loaded = task.load(checkpoint, seed=job.seeds[0], empty=False)
+        engine = engine_factory(job.engine, world, job.train)(loaded.model, None)
+        self.sizes = {name: len(data) for name, data in _sets(splits, validation=True).items()}
+        return score_sets(
+            engine, task, splits, metrics=self.metrics, batch_size=job.eval_batch_size, validation=True
+        )
+
+    def _ready(self, checkpoint: Path) -> tuple[Task, Splits]:
+        """A task that knows the checkpoint's configuration, and the sets, which are read once."""
+        task = make_task(self._job, self._device)
         check_checkpoint(str(checkpoint), None)
         model_config = task.model_config(checkpoint)
         if task.new_head:
             raise ConfigError(f"{checkpoint}: has no head for this job's data: train it first")
         if self._splits is None:
-            self._splits = task.splits(model_config, seed=job.seeds[0])
-        loaded = task.load(checkpoint, seed=job.seeds[0], empty=False)
-        engine = engine_factory(job.engine, world, job.train)(loaded.model, None)
-        self.sizes = {name: len(data) for name, data in _sets(self._splits, validation=True).items()}
-        return score_sets(
-            engine, task, self._splits, metrics=self.metrics, batch_size=job.eval_batch_size, validation=True
-        )
+            self._splits = task.splits(model_config, seed=self._job.seeds[0])
+        return task, self._splits
 
 
 def score_sets(
@@ -91,10 +91,3 @@ def _sets(splits: Splits, *, validation: bool) -> dict[str, ExampleSet]:
     if validation and splits.validation is not None:
         sets[VALIDATION] = splits.validation
     return sets
-
-
-def write_scores(scored: Sequence[Scored], output: Path, *, metric: str, percent: bool) -> None:
-    """Write scores.json and id_ood.png of the checkpoints between two others."""
-    content = {"metric": metric, "scores": [{"alpha": s.alpha, **asdict(s.scores)} for s in scored]}
-    (output / "scores.json").write_text(plain_json(content, indent=1), encoding="utf-8")
-    draw_path([(s.alpha, s.scores) for s in scored], output / "id_ood.png", metric=metric, percent=percent)
