@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.robustness.methods import ADAMW, ALPHAS, METHODS, WISE, by_name
+from benchmarks.robustness.methods import ADAMW, ALPHAS, LOW, METHODS, WISE, by_name
 from benchmarks.robustness.settings import SETTINGS
 from sharded_spd.integrations.finetune.records import plain_json
 
@@ -16,6 +16,8 @@ Lines = Sequence[Mapping[str, Any]]
 ORDER = [*(m.name for m in METHODS[:2]), WISE, *(m.name for m in METHODS[2:])]
 BY_LAYER = {"SPD", "MAPS", "FTP"}
 """The methods that pull a layer in one step and not in another."""
+SIZES = {ADAMW: 12, LOW: 9}
+"""So that they are seen below those that came out alike."""
 COLOURS = (
     "#d1495b",
     "#f4a6b0",
@@ -171,7 +173,10 @@ def _scatter(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
                 continue
             (x, dx), (y, dy) = row["id"], row["ood"]
             bars = {"xerr": None if math.isnan(dx) else dx, "yerr": None if math.isnan(dy) else dy}
-            axes.errorbar(x, y, **bars, fmt="o", capsize=3, color=colours[row["method"]], label=row["method"])
+            axes.errorbar(
+                x, y, **bars, fmt="o", markersize=SIZES.get(row["method"], 6), capsize=3,
+                color=colours[row["method"]], label=row["method"],
+            )  # fmt: skip
         metric = rows[0]["metric"]
         axes.set_xlabel(f"in-distribution {metric}")
         axes.set_ylabel(f"mean out-of-distribution {metric}")
