@@ -15,10 +15,13 @@ from benchmarks.robustness.training import Task, prepare, run, scratch, settings
 
 
 class Book:
-    """The trainings of one setting that are done, a line each; other settings than today's do not count."""
+    """The trainings of one setting that are done, a line each; other settings than today's do not count.
 
-    def __init__(self, path: Path, setting: Setting) -> None:
-        self._path, self._setting = path, setting
+    `layers`: whether the distance of each layer is kept, which is most of a line.
+    """
+
+    def __init__(self, path: Path, setting: Setting, *, layers: bool = True) -> None:
+        self._path, self._setting, self._layers = path, setting, layers
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         whole = text[: text.rfind("\n") + 1]
@@ -45,6 +48,8 @@ class Book:
     def add(self, task: Task, found: dict[str, Any]) -> None:
         """Write down one more."""
         line = {"key": task.key, "settings": settings_of(task, self._setting), **found}
+        if not self._layers:
+            line.pop("layers", None)
         self._done.pop(task.key, None)
         self._done[task.key] = line
         with open(self._path, "a", encoding="utf-8") as file:

@@ -34,6 +34,8 @@ from benchmarks.robustness.settings import SETTINGS, smoke
 from benchmarks.robustness.training import PRETRAIN_STEPS, Task
 
 SCREEN = ("digits", "classes")
+ORDER = (*SCREEN, "code", "docstrings")
+"""From cheap to dear: a variant without a strength that is as good as any in the first ones goes no further."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,31 @@ class Search:
         first_scores = {**first, "scores": first["zero_shot"]}
         self._curve = [_mean(lines) for lines in ([first_scores], *adamw.values())]
 
-    def run(self, tasks: Sequence[tuple[str, int]], seeds: Sequence[int]) -> None:
-        """Train these variants, at these strengths, on these seeds."""
+    def run(self, tasks: Sequence[tuple[str, int]], seeds: Sequence[int], *, validate: bool = False) -> None:
+        """Train these variants, at these strengths, on these seeds; `validate`: no other score is wanted."""
         self._runs.prepare(self._scale.pretrain_steps)
         wanted = [Task(self.name, v, c, s, False, self._base) for v, c in tasks for s in seeds]
-        self._runs.do([task for task in wanted if self._main.get(task) is None])
+        known = self._validated if validate else self._main.get
+        self._runs.do([task for task in wanted if known(task) is None])
 
     def good(self, variant: str) -> set[int]:
         """The strengths that validation cannot tell from the best one, or from AdamW."""
-        found = {c: [line["validation"] for line in self._lines(variant, c)] for c in self._scale.strengths}
-        plain = [line["validation"] for line in self._adamw]
-        return as_good({**found, -1: plain}, self.kind)
+        tasks = {c: self._tasks(variant, c) for c in self._scale.strengths}
+        lines = {c: [line for line in map(self._validated, own) if line] for c, own in tasks.items()}
+        lines[-1] = self._adamw
+        return as_good({c: [line["validation"] for line in own] for c, own in lines.items()}, self.kind)
 
     def gain(self, variant: str, strength: int) -> float:
         """How much better out of distribution than AdamW with the learning rate that is as good in it."""
-        return above(_mean(self._lines(variant, strength)), self._curve)
+        lines = map(self._runs.book.get, self._tasks(variant, strength))
+        return above(_mean([line for line in lines if line]), self._curve)
 
-    def _lines(self, variant: str, strength: int) -> list[dict[str, Any]]:
-        tasks = [Task(self.name, variant, strength, s, False, self._base) for s in self._scale.tune_seeds]
-        return [line for line in map(self._runs.book.get, tasks) if line]
+    def _tasks(self, variant: str, strength: int) -> list[Task]:
+        return [Task(self.name, variant, strength, s, False, self._base) for s in self._scale.tune_seeds]
+
+    def _validated(self, task: Task) -> dict[str, Any] | None:
+        """A line that has the task's score on the validation set; the package's rules were tuned before."""
+        return self._runs.book.get(task) or self._main.get(replace(task, tune=True))
 
 
 def _mean(lines: Sequence[Mapping[str, Any]]) -> Point:
@@ -109,8 +117,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         searches = []
-        for name, setting in settings.items():
-            runs = Runs(setting, Book(out / f"{name}.jsonl", setting), given.work / f"{prefix}{name}", pool)
+        for name in ORDER:
+            setting = settings[name]
+            runs = Runs(
+                setting,
+                Book(out / f"{name}.jsonl", setting, layers=False),
+                given.work / f"{prefix}{name}",
+                pool,
+            )
             searches.append(Search(name, Book(given.out / f"{name}.jsonl", setting), runs, scale))
         found = _find(searches, scale)
         for search in searches:
@@ -131,9 +145,10 @@ def _find(searches: Sequence[Search], scale: Scale) -> dict[str, int]:
     gains = {v: statistics.fmean(s.gain(v, c) for s in screen) for v, c in usual.items()}
     kept = sorted(gains, key=lambda name: -gains[name])[: scale.kept]
     print("kept:", ", ".join(f"{name} ({100 * gains[name]:+.1f} %)" for name in kept), flush=True)
-    for search in searches:
-        search.run([(v, c) for v in kept for c in scale.strengths], scale.tune_seeds)
-    found = defaults(searches, kept)
+    found = defaults(screen, kept)
+    for number, search in enumerate(searches, start=1):
+        search.run([(v, c) for v in found for c in scale.strengths], scale.tune_seeds, validate=True)
+        found = defaults(searches[:number], list(found))
     print("default strengths:", found, flush=True)
     return found
 

@@ -135,11 +135,15 @@ def test_other_settings_are_another_training(tmp_path: Path) -> None:
     assert book.get(other) is None
     assert Book(path, smoke(setting)).get(task) is None
     assert scratch(other, setting) != scratch(task, setting)
-    book.add(other, {"validation": 91})
+    book.add(other, {"validation": 91, "layers": {"x": (1, 2)}})
     again = Book(path, setting)
     assert again.validation([other]) == [91]
     assert again.get(task) is None
     assert len(again.lines) == 1
+    assert "layers" in again.lines[0]
+    small = Book(tmp_path / "small.jsonl", setting, layers=False)
+    small.add(other, {"validation": 91, "layers": {"x": (1, 2)}})
+    assert "layers" not in small.lines[0]
 
 
 def test_adamw_has_learning_rates_of_its_own() -> None:
