@@ -35,7 +35,7 @@ from benchmarks.robustness.training import PRETRAIN_STEPS, Task
 
 SCREEN = ("digits", "classes")
 ORDER = (*SCREEN, "code", "docstrings")
-"""From cheap to dear: a variant without a strength that is as good as any in the first ones goes no further."""
+"""From cheap to dear: a variant that has no strength as good as any in the first ones goes no further."""
 
 
 @dataclass(frozen=True)
