@@ -13,6 +13,8 @@ from benchmarks.robustness.methods import ADAMW
 from benchmarks.robustness.settings import SETTINGS
 from benchmarks.robustness.summary import Lines, chosen_text
 
+_NOTHING = 1e-9
+"""Scores are printed to a tenth or a thousandth; below this is rounding."""
 Point = tuple[float, float]
 """In distribution and out of it, both so that more is better."""
 
@@ -25,7 +27,8 @@ def mean_ood(line: Mapping[str, Any]) -> float:
 def difference(better: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the paired difference."""
     pairs = [a - b for a, b in zip(better, other, strict=True)]
-    return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    mean = statistics.fmean(pairs)
+    return 0.0 if abs(mean) < _NOTHING else mean, statistics.stdev(pairs) / math.sqrt(len(pairs))
 
 
 def beats(one: Sequence[Point], other: Sequence[Point]) -> bool:

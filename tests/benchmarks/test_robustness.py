@@ -182,6 +182,7 @@ def test_beaten() -> None:
     assert beats(better, plain)
     assert not beats(plain, better)
     assert not beats(plain, plain)
+    assert beats([(x - 1e-13, y + 1) for x, y in plain], plain)
     assert not beats([(x + 1, y - 0.1) for x, y in plain], plain)
     assert not beats([(90.0, 70.0), (92.0, 58.0), (94.0, 61.0)], plain)  # +1 on average, +-4.7
 
