@@ -336,7 +336,7 @@ class Projector:
             self._finish_with(step)
         raise step.failure or error
 
-    def _finish_with(self, *broken: Step) -> None:
+    def _finish_with(self, *broken: Step, now: bool = False) -> None:
         """Reduce what waits with `broken`, and what the other ranks have stepped by the time they reduce."""
         self._waiting += broken
         if self._together:
@@ -351,14 +351,15 @@ class Projector:
                 step = Step(plan, self._require(), optimizer)
                 step.fail(BindingError("this rank ended its step early"), absent=True)
                 self._waiting.append(step)
-        self._project()
+        self._project(now=now)
 
-    def _project(self) -> None:
+    def _project(self, *, now: bool = False) -> None:
         """Settle the inner steps that wait, by one reduction."""
         steps, self._waiting = self._waiting, []
         try:
             heard = reduce_together_([step.reduction() for step in steps])
-            self._hear(heard, [e for step in steps if (e := step.evidence()) is not None], steps)
+            evidence = [found for step in steps if (found := step.evidence()) is not None]
+            self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
         except Exception:
             self._turns.clear()
@@ -379,8 +380,15 @@ class Projector:
                 self._failure = error
             raise
 
-    def _hear(self, heard: Sequence[Heard], evidence: Sequence[Evidence], steps: Sequence[Step]) -> None:
-        """Raise what any rank has said; on a GPU when the next step begins."""
+    def _hear(
+        self,
+        heard: Sequence[Heard],
+        evidence: Sequence[Evidence],
+        steps: Sequence[Step],
+        *,
+        now: bool = False,
+    ) -> None:
+        """Raise what any rank has said; on a GPU when the next step begins, unless it has to be `now`."""
         failures = sorted((step for step in steps if step.failure is not None), key=lambda step: step.absent)
         if not heard and not evidence and not failures:
             return
@@ -389,7 +397,7 @@ class Projector:
         captured = bool(told) and told[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if told and not captured:
             verdict = Verdict(heard, evidence, self._require().unverified)
-            if not verdict.late:
+            if now or not verdict.late:
                 self._read(verdict, failure, {k: v for step in steps for k, v in step.settings.items()})
                 return
             self._verdicts.append(verdict)
@@ -422,7 +430,7 @@ class Projector:
                     step.fail(BindingError(f"{type(step.optimizer).__name__} {text}"), absent=True)
             broken = [step for step in broken if step.meets]
         if broken:
-            self._finish_with(*broken)
+            self._finish_with(*broken, now=True)
         # Of an optimizer that is called several times in an engine step, another part is to step.
         again = len(self._calls.get(optimizer, ())) == 1 if optimizer is not None else True
         if again and any(optimizer in (None, step.optimizer) for step in self._waiting):
@@ -439,11 +447,11 @@ class Projector:
             return
         step.fail(BindingError(f"{what}, and another rank took a step; do it on every rank"), absent=True)
         if step.starts:
-            self._hear(reduce_together_([step.early_reduction()]), [], [step])
+            self._hear(reduce_together_([step.early_reduction()]), [], [step], now=True)
         elif self._together:
-            self._finish_with(step)
+            self._finish_with(step, now=True)
         else:
-            self._hear(reduce_together_([step.reduction()]), [], [step])
+            self._hear(reduce_together_([step.reduction()]), [], [step], now=True)
 
     def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
         """Own the handles of the hooks that call this projector, for `detach`."""

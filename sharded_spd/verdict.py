@@ -44,7 +44,7 @@ def comes_late(numbers: Tensor) -> bool:
 class Verdict:
     """Read at once where the sums are in host memory; on a GPU when the next step begins, without waiting.
 
-    On a GPU a rank's own failure is raised by that rank alone, and by the others when they read.
+    On a GPU nothing more is told than that a rank failed: it raises by itself, the others when they read.
     """
 
     def __init__(self, heard: Sequence[Heard], evidence: Sequence[Evidence], unverified: Unverified) -> None:
@@ -77,7 +77,7 @@ class Verdict:
             if trouble or checksum != heard.group.size() * heard.own
         ]
         if wrong and self.late:
-            raise BindingError(
+            raise failure or BindingError(
                 "another rank failed in the step before this one, or has other settings; its message says why"
             )
         if wrong:

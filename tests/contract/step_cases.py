@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sharded_spd import AdamSPD, SPDConfig, attach
+from sharded_spd import AdamSPD, SPDConfig, attach, verdict
 from sharded_spd.errors import BindingError, ConfigError
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
@@ -139,3 +140,25 @@ def group_that_one_rank_has(engine: Engine) -> None:
     for i, (_, p) in enumerate(params):
         p.grad = _gradient(p, i)
     refused(engine, optimizer.step, (BindingError,), "every rank")
+
+
+def failure_that_is_heard_late(engine: Engine) -> None:
+    """As on a GPU: the rank raises at once, the others when their next step begins, and none waits."""
+    start = tensors()
+    training = Training(engine, start, SPD, form="adam_spd")
+    group, grads = training.optimizer.param_groups[0], gradients(start, 3)
+    before, verdict.comes_late = verdict.comes_late, lambda numbers: True
+    try:
+        training.step(grads[0])
+        if engine.rank == 0:
+            group["weight_decay"] = -1.0
+        training.backward(grads[1])
+        if engine.rank == 0:
+            with pytest.raises(ConfigError, match="lambda >= 0"):
+                training.optimizer.step()
+        else:
+            training.update()
+        group["weight_decay"] = SPD.weight_decay
+        refused(engine, training.optimizer.step, (BindingError,), "another rank failed in the step before")
+    finally:
+        verdict.comes_late = before
