@@ -54,6 +54,14 @@ def anywhere(flag: bool, groups: Sequence[ProcessGroup]) -> bool:
     return bool(_flood([(dist.get_rank(), "", "")] if flag and groups else [], groups)) or flag
 
 
+def differing(own: Mapping[str, str], groups: Sequence[ProcessGroup]) -> dict[str, list[str]]:
+    """The keys for which the ranks that `groups` connect have different values, and these."""
+    found: dict[str, list[str]] = {}
+    for _, key, value in _flood([(0, key, value) for key, value in own.items()], groups):
+        found.setdefault(key, []).append(value)
+    return {key: values for key, values in found.items() if len(values) > 1}
+
+
 def told_of(failure: Exception | None) -> list[Failure]:
     """What a rank tells the others of its failure."""
     if failure is None:

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, anywhere, check_same, union
+from sharded_spd.agree import agree, anywhere, check_same, differing, union
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
 from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.kernels import backend_names
 from sharded_spd.layout import BoundShard
 from sharded_spd.monitor import Monitor, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
@@ -164,6 +165,11 @@ class Projector:
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)
         agree(lambda: self._vouch(binding, renamed), groups)
+        pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
+        devices = {shard.tensor.device.type for shard in pulled}
+        unlike = differing(agree(lambda: backend_names(devices), groups), groups)
+        binding.plain = frozenset(unlike)
+        warn.about_kernels(unlike)
         plans, self._binding, self._plans = list(self._plans.values()), binding, {}
         self._rosters.clear()
         agree(partial(self._make_plans, plans, renamed), groups)

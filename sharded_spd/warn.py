@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,6 +36,17 @@ def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
         "one? When resuming, load the optimizer's or the projector's state too",
         stacklevel=2,
     )
+
+
+def about_kernels(unlike: Mapping[str, Sequence[str]]) -> None:
+    """Ranks with different kernels, by kind of device: their replicas would drift apart in the last bits."""
+    for device_type, names in unlike.items():
+        warnings.warn(
+            f"the ranks have different kernels for {device_type} tensors ({', '.join(names)}): all of them "
+            "take plain torch, which is slower; give every node the same C compiler or Triton, or set "
+            "SHARDED_SPD_KERNELS=reference",
+            stacklevel=2,
+        )
 
 
 def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
