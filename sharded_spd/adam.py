@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim.adam import Adam, adam
 
@@ -164,6 +165,7 @@ class AdamSPD(Adam):
                     self.projector.bind()
                 raise
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Adam, and the projection.

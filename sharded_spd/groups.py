@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sharded_spd.engines.plain import is_left_alone
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.names import clean_fqns
 from sharded_spd.rules import make_rule
@@ -60,7 +61,9 @@ def take_group(
     # Equal rules are one: the projector settles all layers of an instance at once.
     rule = next((s.rule for s in others if s.rule == rule), rule)
     anchor = open_source("snapshot" if pre is not None else source)
-    spec = GroupSpec(rule, anchor, pre[: len(params)] if pre is not None else None)
+    if pre is not None:
+        pre = [w for w, p in zip(pre, params, strict=False) if not is_left_alone(p)]
+    spec = GroupSpec(rule, anchor, pre)
     spec.shown = {"rule": rule.name, "anchor": "pre" if pre is not None else source_name(source)}
     group.update(spec.shown)
     return spec

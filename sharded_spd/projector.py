@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import vouch, warn
 from sharded_spd.agree import agree, check_same, union
@@ -27,6 +26,14 @@ from sharded_spd.roster import Roster
 from sharded_spd.step import Step
 from sharded_spd.unbound import check_unbound
 from sharded_spd.verdict import Evidence, Verdict
+
+
+class Removable(Protocol):
+    """What `detach` takes off again: a hook's handle, for one."""
+
+    def remove(self) -> None:
+        """Take it off."""
+        ...
 
 
 class Projector:
@@ -60,7 +67,7 @@ class Projector:
         self._moved = False
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Removable] = []
         self._detached = False
         self._failure: Exception | None = None
         self._monitor = Monitor(telemetry_every, telemetry_path)
@@ -453,7 +460,7 @@ class Projector:
         else:
             self._hear(reduce_together_([step.reduction()]), [], [step], now=True)
 
-    def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
+    def add_hooks(self, handles: Sequence[Removable]) -> None:
         """Own the handles of the hooks that call this projector, for `detach`."""
         self._handles.extend(handles)
 
