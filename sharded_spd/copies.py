@@ -45,10 +45,11 @@ def watch_copies(optimizer: Optimizer) -> CopyWatch:
 
 
 def _reduced(optimizer: Optimizer | None, protocol: Any) -> tuple[Any, ...]:
-    make, args, *rest = type(optimizer).__reduce_ex__(optimizer, protocol)
+    found: tuple[Any, ...] = type(optimizer).__reduce_ex__(optimizer, protocol)
+    make, args, *rest = found
     if rest and isinstance(rest[0], dict):
         rest[0] = {key: value for key, value in rest[0].items() if key != _REDUCE}
-    return _make_copy, (make, args), *rest
+    return (_make_copy, (make, args), *rest)
 
 
 def _make_copy(make: Callable[..., Optimizer], args: tuple[Any, ...]) -> Optimizer:

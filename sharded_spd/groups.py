@@ -62,7 +62,8 @@ def take_group(
     rule = next((s.rule for s in others if s.rule == rule), rule)
     anchor = open_source("snapshot" if pre is not None else source)
     if pre is not None:
-        pre = [w for w, p in zip(pre, params, strict=False) if not is_left_alone(p)]
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        pre = [w for w, p in zip(pre, tensors, strict=False) if not is_left_alone(p)]
     spec = GroupSpec(rule, anchor, pre)
     spec.shown = {"rule": rule.name, "anchor": "pre" if pre is not None else source_name(source)}
     group.update(spec.shown)

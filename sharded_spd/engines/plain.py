@@ -39,7 +39,6 @@ from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
 
-
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -284,8 +283,8 @@ class ParameterAdapter:
     def _raise_unknown(self, optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int) -> None:
         raise BindingError(
             f"parameter {_name_of(group, g, i)!r} (shape {tuple(group['params'][i].shape)}) of "
-            f"{type(optimizer).__name__} is not bound: it was added, or put in place of another one, after binding; call bind() after "
-            "sharding, after adding groups, and before the next step"
+            f"{type(optimizer).__name__} is not bound: it was added, or put in place of another one, after "
+            "binding; call bind() after sharding, after adding groups, and before the next step"
         )
 
     @staticmethod

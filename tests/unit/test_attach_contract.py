@@ -1,4 +1,4 @@
-"""attach keeps torch's contract: nested steps, compiled steps, copies, parameters that are no real numbers."""
+"""attach keeps torch's contract: nested and compiled steps, copies, parameters of other numbers."""
 
 from __future__ import annotations
 
