@@ -45,8 +45,8 @@ def watch_copies(optimizer: Optimizer) -> CopyWatch:
 
 
 def _reduced(optimizer: Optimizer | None, protocol: Any) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = type(optimizer).__reduce_ex__(optimizer, protocol)
-    make, args, *rest = found
+    kind: Any = type(optimizer)
+    make, args, *rest = kind.__reduce_ex__(optimizer, protocol)
     if rest and isinstance(rest[0], dict):
         rest[0] = {key: value for key, value in rest[0].items() if key != _REDUCE}
     return (_make_copy, (make, args), *rest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from sharded_spd import vouch, warn
 from sharded_spd.agree import agree, check_same, union
-from sharded_spd.anchors.fingerprint import combine
+from sharded_spd.anchors.fingerprint import combine, combine_nameless
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
-from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
+from sharded_spd.carry import export_layers, find_layers, move_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.layout import BoundShard
@@ -100,9 +100,15 @@ class Projector:
         binding = self._require()
         return {**binding.elsewhere, **binding.fingerprints}
 
-    def group_fingerprints(self, optimizer: Optimizer, ranks: ProcessGroup | None = None) -> list[str]:
-        """The anchors' fingerprint of each param group, as "HASH/LAYERS", over all `ranks` together."""
-        known = self._require().fingerprints
+    def group_fingerprints(
+        self, optimizer: Optimizer, ranks: ProcessGroup | None = None, binding: Binding | None = None
+    ) -> list[str]:
+        """The anchors' fingerprint of each param group over all `ranks` together.
+
+        "HASH/LAYERS/NAMED:HASH", the second hash that of the values without the layers' names, NAMED "named"
+        or "unnamed"; of a `binding` that is not in force yet, where one is given.
+        """
+        known = (self._require() if binding is None else binding).fingerprints
         number = {id(group): str(g) for g, group in enumerate(optimizer.param_groups)}
         layers = {
             f"{number[id(shard.param_group)]} {piece.layer}": known[piece.layer]
@@ -114,7 +120,8 @@ class Projector:
         for key, prints in union(layers, ranks).items():
             g, _, fqn = key.partition(" ")
             groups[int(g)][fqn] = prints
-        return [f"{combine(own)}/{len(own)}" for own in groups]
+        named = "named" if self._adapter.named else "unnamed"
+        return [f"{combine(own)}/{len(own)}/{named}:{combine_nameless(own.values())}" for own in groups]
 
     def _require(self) -> Binding:
         if self._binding is None:
@@ -124,11 +131,12 @@ class Projector:
         return self._binding
 
     @torch.no_grad()
-    def bind(self, model: Module | None = None) -> None:
+    def bind(self, model: Module | None = None, *, vet: Callable[[Binding], None] | None = None) -> None:
         """Bind, or bind anew after sharding or adding groups; what is bound already is never snapshot again.
 
         Call it once the pre-trained weights are loaded and before a checkpoint is resumed. Collective over
-        the layout's scopes.
+        the layout's scopes. What is bound stays in force where it fails; `vet` may refuse the new binding, on
+        all ranks alike.
 
         Raises:
             AnchorError: where an anchor does not fit or cannot be read; on all ranks.
@@ -137,17 +145,23 @@ class Projector:
         """
         if self._detached:
             raise BindingError("this projector was detached and is not called any more; call attach() anew")
-        try:
-            self._catch_up()
-            self._meet("called bind() (AdamSPD.add_param_group binds, too)")
-            self._bind(model, required=True)
-        except Exception as error:
-            # The adapter may describe the new parameters and the binding the old ones: no step may use both.
-            self._failure = error if self._binding is not None else None
-            raise
+        self._catch_up()
+        self._meet("called bind() (AdamSPD.add_param_group binds, too)")
+        self._bind(model, required=True, vet=vet)
         self._failure = None
 
-    def _bind(self, model: Module | None, *, required: bool) -> None:
+    def _bind(
+        self, model: Module | None, *, required: bool, vet: Callable[[Binding], None] | None = None
+    ) -> None:
+        undo = self._adapter.keep()
+        try:
+            self._bind_anew(model, required, vet)
+        except Exception:
+            undo()
+            raise
+
+    def _bind_anew(self, model: Module | None, required: bool, vet: Callable[[Binding], None] | None) -> None:
+        """Make everything of the new binding beside what is in force, and put it in place at the end."""
         self._adapter.take_model(model)
         layout = agree(self._adapter.layout, self._adapter.agreement_groups)
         if layout is None and not required:
@@ -169,13 +183,17 @@ class Projector:
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)
         agree(lambda: self._vouch(binding, renamed), groups)
-        plans, self._binding, self._plans = list(self._plans.values()), binding, {}
+        plans, calls = agree(partial(self._make_plans, binding, renamed), groups)
+        stateful = bool(union(stateful_layers(plans.values()), layout.everywhere))
+        restore = agree(partial(self._prepare_restore, self._loaded, binding, plans.values()), groups)
+        if vet is not None:
+            vet(binding)
+        self._binding, self._plans, self._calls, self._stateful = binding, plans, calls, stateful
         self._rosters.clear()
-        agree(partial(self._make_plans, plans, renamed), groups)
-        self._stateful = bool(union(stateful_layers(self._plans.values()), layout.everywhere))
+        self._turns.clear()
         self._adapter.mark(binding.fingerprint)
         if old is None:
-            self._restore(self._loaded)
+            restore()
             self._loaded, self._seed = {}, {}
             warn.about_binding(binding, shards)
 
@@ -188,25 +206,33 @@ class Projector:
             vouch.check_unchanged(self._binding, binding, renamed)
             binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
 
-    def _make_plans(self, old: Sequence[Plan], renamed: Mapping[str, str]) -> None:
-        self._calls = {
-            optimizer: [self._plan(call, old, renamed) for call in self._adapter.inner_steps(optimizer)]
-            for optimizer in self._adapter.optimizers
+    def _make_plans(
+        self, binding: Binding, renamed: Mapping[str, str]
+    ) -> tuple[dict[tuple[str, ...], Plan], dict[Optimizer, list[Plan]]]:
+        """All plans of a new binding, with the state of those in force, and those of each optimizer."""
+        plans: dict[tuple[str, ...], Plan] = {}
+        calls = {
+            o: [self._plan(call, binding, plans, renamed) for call in self._adapter.inner_steps(o)]
+            for o in self._adapter.optimizers
         }
-        self._turns.clear()
+        return plans, calls
 
     def _plan(
-        self, shards: Sequence[BoundShard], old: Sequence[Plan] = (), renamed: Mapping[str, str] | None = None
+        self,
+        shards: Sequence[BoundShard],
+        binding: Binding,
+        plans: dict[tuple[str, ...], Plan],
+        renamed: Mapping[str, str],
     ) -> Plan:
+        """The one of `plans` for these shards; one that is made now (and added) takes over their state."""
         fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
-        if fqns not in self._plans:
-            binding = self._require()
+        if fqns not in plans:
             device = shards[0].tensor.device if shards else torch.device("cpu")
             plan = Plan(fqns, binding, device)
             plan.prepare_shard_states(binding, shards)
-            move_layers([*old, *self._plans.values()], [plan], binding.layout.shapes, renamed or {})
-            self._plans[fqns] = plan
-        return self._plans[fqns]
+            move_layers([*self._plans.values(), *plans.values()], [plan], binding.layout.shapes, renamed)
+            plans[fqns] = plan
+        return plans[fqns]
 
     def _roster(self, plan: Plan, shards: Sequence[BoundShard]) -> Roster:
         roster = self._rosters.get(plan.fqns)
@@ -278,7 +304,7 @@ class Projector:
                 f"the optimizer steps {len(fqns)} layers that it did not step together when the anchors were "
                 "bound: a param group was added, taken away or changed; call bind() on every rank"
             )
-        return self._plan(shards)
+        return self._plan(shards, self._require(), self._plans, {})
 
     def _start(self, step: Step) -> None:
         """Reduce what is needed ahead of the base step, if anything is."""
@@ -525,20 +551,35 @@ class Projector:
         if self._binding is None:
             self._loaded = dict(state_dict)
             return
-        own = self._binding.fingerprint
+        agree(partial(self.prepare_load, state_dict), self._adapter.agreement_groups)()
 
-        def load() -> None:
-            vouch.check_saved(state_dict.get("fingerprint", ""), own)
-            self._restore(state_dict)
+    def prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        """Check the state that is to be loaded, on this rank alone; what comes back loads it.
 
-        agree(load, self._adapter.agreement_groups)
+        Raises:
+            AnchorError: where it was written with other anchors.
+            BindingError: for a shard of another size.
+        """
+        binding = self._require()
+        vouch.check_saved(state_dict.get("fingerprint", ""), binding.fingerprint)
+        return self._prepare_restore(state_dict, binding, self._plans.values())
 
-    def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
-        if state_dict.get("num_steps", 0):
-            self._require().unverified.fresh.clear()
-            self._require().found.away.clear()
-        restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
+    def _prepare_restore(
+        self, state_dict: Mapping[str, Any], binding: Binding, plans: Iterable[Plan]
+    ) -> Callable[[], None]:
+        num_steps = int(state_dict.get("num_steps", self.num_steps))
+        moves = find_layers(plans, self._adapter, state_dict.get("layers", {}))
+
+        @torch.no_grad()
+        def restore() -> None:
+            self._monitor.num_steps = num_steps
+            if state_dict.get("num_steps", 0):
+                binding.unverified.fresh.clear()
+                binding.found.away.clear()
+            for target, value in moves:
+                target.copy_(value)
+
+        return restore
 
     def export_anchors(self) -> dict[str, HeldAnchor]:
         """This rank's shards of the anchors, for a copy of the optimizer in another place."""

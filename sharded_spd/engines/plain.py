@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sharded_spd.engines.base import made_up_name
+from sharded_spd.engines.base import keep, made_up_name
 from sharded_spd.engines.dtensor import (
     Boxes,
     aligned_grad,
@@ -138,6 +138,10 @@ class ParameterAdapter:
         others = [g for g in (*self._groups, self._replicas, self._everywhere) if g is not None]
         return known_groups(params, self._model(), others)
 
+    def keep(self) -> Callable[[], None]:
+        """See `EngineAdapter`."""
+        return keep(self)
+
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
 
@@ -183,7 +187,7 @@ class ParameterAdapter:
             for before, now in zip(self._parts[param].slices, part.slices, strict=False)
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
-        self._lineups.clear()
+        self._lineups = {}
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
         scopes, everywhere = _scopes(pieces), self._everywhere
@@ -261,6 +265,8 @@ class ParameterAdapter:
             for i, param in enumerate(group["params"]):
                 part = self._parts.get(param)
                 if part is None and param.dtype not in _REAL:
+                    if param.requires_grad:
+                        _raise_unreal(_name_of(group, g, i), param)
                     alone.append((_name_of(group, g, i), param))
                     continue
                 if part is None:
@@ -341,8 +347,8 @@ class ParameterAdapter:
 
 
 def _name_of(group: Mapping[str, Any], g: int, i: int) -> str:
-    names = group.get("param_names")
-    return str(names[i]) if names else made_up_name(g, i)
+    names = group.get("param_names", ())
+    return str(names[i]) if i < len(names) else made_up_name(g, i)
 
 
 def _raise_unreal(name: str, param: Tensor) -> NoReturn:
