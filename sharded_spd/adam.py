@@ -101,7 +101,7 @@ class AdamSPD(Adam):
                 fused=fused,
             )
 
-        agree(construct, known_groups(_tensors_in(params), model))
+        agree(construct, known_groups(_tensors_in(params), model, with_replicas=True))
         self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=self._deferred)
         self._after_bind()
 
@@ -288,7 +288,12 @@ class AdamSPD(Adam):
             own = [spec.shown["anchor_fingerprint"] for spec in self._specs]
             unchecked = self._check_fingerprints(groups, own)
         strengths = [{k: group[k] for k in ("weight_decay", "max_pull")} for group in self.param_groups]
-        restore = self.projector.prepare_load(state_dict["projector"]) if "projector" in state_dict else None
+        own_state = state_dict.get("projector")
+        restore: Callable[[], None] | None = None
+        if own_state is not None and self.projector.bound:
+            restore = self.projector.prepare_load(own_state)
+        elif own_state is not None:
+            restore = partial(self.projector.load_state_dict, own_state)
 
         def finish() -> None:
             for spec, strength, group, saved, left in zip(

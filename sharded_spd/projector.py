@@ -13,10 +13,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, check_same, union
+from sharded_spd.agree import agree, anywhere, check_same, union
 from sharded_spd.anchors.fingerprint import combine, combine_nameless
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
-from sharded_spd.carry import export_layers, find_layers, move_layers, stateful_layers
+from sharded_spd.carry import Moves, export_layers, find_layers, move_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.layout import BoundShard
@@ -163,17 +163,19 @@ class Projector:
     def _bind_anew(self, model: Module | None, required: bool, vet: Callable[[Binding], None] | None) -> None:
         """Make everything of the new binding beside what is in force, and put it in place at the end."""
         self._adapter.take_model(model)
-        layout = agree(self._adapter.layout, self._adapter.agreement_groups)
-        if layout is None and not required:
+        groups = self._adapter.agreement_groups
+        layout = agree(self._adapter.layout, groups)
+        empty = anywhere(layout is None, groups)
+        if empty and not required:
             return
-        if layout is None:
+        if layout is None or empty:
             raise BindingError(
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
         old, renamed = self._binding, layout.renamed
-        shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
+        shards = agree(self._shards, groups)
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
         theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
         layout = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
@@ -185,7 +187,7 @@ class Projector:
         agree(lambda: self._vouch(binding, renamed), groups)
         plans, calls = agree(partial(self._make_plans, binding, renamed), groups)
         stateful = bool(union(stateful_layers(plans.values()), layout.everywhere))
-        restore = agree(partial(self._prepare_restore, self._loaded, binding, plans.values()), groups)
+        restore = self._prepare_restore(self._loaded, binding, plans.values())
         if vet is not None:
             vet(binding)
         self._binding, self._plans, self._calls, self._stateful = binding, plans, calls, stateful
@@ -205,6 +207,9 @@ class Projector:
         else:
             vouch.check_unchanged(self._binding, binding, renamed)
             binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
+
+    def _shards(self) -> list[BoundShard]:
+        return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
 
     def _make_plans(
         self, binding: Binding, renamed: Mapping[str, str]
@@ -520,9 +525,7 @@ class Projector:
         """
         self._catch_up()
         binding, groups = self._require(), self._adapter.agreement_groups
-        shards = agree(
-            lambda: [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)], groups
-        )
+        shards = agree(self._shards, groups)
         agree(binding.check_files, groups)
         return union(measure_deviation(binding, shards), binding.layout.everywhere)
 
@@ -551,29 +554,37 @@ class Projector:
         if self._binding is None:
             self._loaded = dict(state_dict)
             return
-        agree(partial(self.prepare_load, state_dict), self._adapter.agreement_groups)()
+        self.prepare_load(state_dict)()
 
     def prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
-        """Check the state that is to be loaded, on this rank alone; what comes back loads it.
+        """Check state that is to be loaded; what comes back loads it. Collective.
 
         Raises:
             AnchorError: where it was written with other anchors.
             BindingError: for a shard of another size.
         """
         binding = self._require()
-        vouch.check_saved(state_dict.get("fingerprint", ""), binding.fingerprint)
+        groups, saved = self._adapter.agreement_groups, state_dict.get("fingerprint", "")
+        agree(lambda: vouch.check_saved(saved, binding.fingerprint), groups)
         return self._prepare_restore(state_dict, binding, self._plans.values())
 
     def _prepare_restore(
         self, state_dict: Mapping[str, Any], binding: Binding, plans: Iterable[Plan]
     ) -> Callable[[], None]:
-        num_steps = int(state_dict.get("num_steps", self.num_steps))
-        moves = find_layers(plans, self._adapter, state_dict.get("layers", {}))
+        groups = self._adapter.agreement_groups
+        # The count of one rank may be another: it decides what the guard sends.
+        stepped = anywhere(bool(state_dict.get("num_steps", 0)), groups)
+
+        def find() -> tuple[int, Moves]:
+            num_steps = int(state_dict.get("num_steps", self.num_steps))
+            return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
+
+        num_steps, moves = agree(find, groups)
 
         @torch.no_grad()
         def restore() -> None:
             self._monitor.num_steps = num_steps
-            if state_dict.get("num_steps", 0):
+            if stepped:
                 binding.unverified.fresh.clear()
                 binding.found.away.clear()
             for target, value in moves:
