@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from sharded_spd.checkpoint.ranks import Ranks
+from sharded_spd.checkpoint.ranks import Ranks, everyone
 from sharded_spd.errors import CheckpointError, ConfigError
 from sharded_spd.projector import Projector
 
@@ -92,7 +91,7 @@ def _save(
     client_state: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    ranks = _ranks()
+    ranks = Ranks(everyone())  # DeepSpeed saves and loads with all, whatever its groups
 
     def prepare() -> dict[str, Any]:
         if client_state is not None and KEY in client_state:
@@ -110,11 +109,6 @@ def _save(
         engine.checkpoint_engine = careful.inner
     ranks.agree(careful.tell, f"{directory}: DeepSpeed could not save")
     return done
-
-
-def _ranks() -> Ranks:
-    """DeepSpeed saves and loads with all ranks, whatever its groups."""
-    return Ranks([dist.group.WORLD] if dist.is_initialized() and dist.group.WORLD is not None else [])
 
 
 class _Careful:
@@ -162,7 +156,7 @@ def load_checkpoint(
 def _load(
     engine: Any, projector: Projector | None, directory: str, tag: str | None = None, **options: Any
 ) -> tuple[str | None, dict[str, Any]]:
-    ranks = _ranks()
+    ranks = Ranks(everyone())
     ranks.compare(operation="load_checkpoint", projector="one" if projector is not None else "none")
     path, client_state = ranks.agree(
         lambda: engine.load_checkpoint(directory, tag=tag, **options),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,12 @@ from torch.optim import Optimizer
 
 from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.codec import join, merge, split, tensor_names
-from sharded_spd.checkpoint.folder import check_complete, find_latest, folder_of, start_folder, steps_in
-from sharded_spd.checkpoint.live import (
-    RNG,
-    Live,
-    as_optimizers,
-    check_fits,
-    check_groups,
-    merge_groups,
-    quiet,
-    states_in,
-)
+from sharded_spd.checkpoint.contents import check_contents, described, encoded, live_of
+from sharded_spd.checkpoint.folder import find_latest, folder_of, start_folder, steps_in
+from sharded_spd.checkpoint.live import RNG, Live, merge_groups, quiet, states_in
 from sharded_spd.checkpoint.ranks import Ranks
-from sharded_spd.checkpoint.rng import rng_state, set_rng_state
-from sharded_spd.checkpoint.storage import (
-    METADATA,
-    Reader,
-    StagedPlanner,
-    Writer,
-    check_folder,
-    read_metadata,
-)
+from sharded_spd.checkpoint.rng import set_rng_state
+from sharded_spd.checkpoint.storage import METADATA, Reader, StagedPlanner, Writer, check_folder
 from sharded_spd.errors import CheckpointError, UnsupportedError
 from sharded_spd.projector import Projector
 
@@ -140,7 +124,7 @@ class Checkpoints:
                 raise CheckpointError(f"step: got {step!r}; wanted a whole number, 0 or more")
             if self._asynchronous and deepspeed.is_engine(model):
                 raise UnsupportedError("asynchronous: DeepSpeed writes its own files; wanted False")
-            return _live(model, optimizer, projector, scheduler, self._ranks)
+            return live_of(model, optimizer, projector, scheduler, self._ranks)
 
         live = self._ranks.agree(check, "save")
         self._ranks.compare(operation="save", step=step, what=live.parts)
@@ -154,7 +138,7 @@ class Checkpoints:
                 deepspeed.save(model, live.projector, part)
             else:
                 values.update(live.state())
-            tensors, encoded = self._ranks.agree(lambda: _encoded(live, values), "the state of this rank")
+            tensors, rest = self._ranks.agree(lambda: encoded(live, values), "the state of this rank")
         except Exception:
             if part is not None and self._ranks.first:
                 shutil.rmtree(part, ignore_errors=True)
@@ -164,7 +148,7 @@ class Checkpoints:
             "world_size": 1 if self._group is None else self._group.size(),
             "torch": torch.__version__,
         }
-        writer = Writer(final, encoded, facts, self._keep, part)
+        writer = Writer(final, rest, facts, self._keep, part)
         if self._asynchronous:
             self._running = (self._start(tensors, writer), writer)
         else:
@@ -264,7 +248,7 @@ class Checkpoints:
         self._check_ranks()
         ranks = self._ranks
         live, given = ranks.agree(
-            lambda: (_live(model, optimizer, projector, scheduler, ranks), Path(path)), "load"
+            lambda: (live_of(model, optimizer, projector, scheduler, ranks), Path(path)), "load"
         )
         ranks.compare(operation="load", path=str(path), what=live.parts)
         folder = self._latest() if path == "auto" else given
@@ -274,7 +258,7 @@ class Checkpoints:
         if path != "auto":
             self._warn_of_newer(folder, marker["step"])
         damaged = f"{folder}: is damaged"
-        metadata, values, digest = ranks.agree(lambda: _described(live, folder), damaged)
+        metadata, values, digest = ranks.agree(lambda: described(live, folder), damaged)
         ranks.compare(**{METADATA: digest})
         with ExitStack() as stack:
             template: dict[str, Any] = {}
@@ -302,7 +286,7 @@ class Checkpoints:
 
         def line_up() -> tuple[dict[str, Any], dict[str, Any]]:
             own, parts = split(template)
-            _check_contents(own, parts, metadata, values, folder)
+            check_contents(own, parts, metadata, values, folder)
             parts = {key: merge(part, values[key]) for key, part in parts.items()}
             if "optimizer" in parts:
                 groups = split(template["optimizer"]["param_groups"], "optimizer/param_groups")[1]
@@ -350,70 +334,6 @@ class Checkpoints:
     @property
     def _where(self) -> dict[str, Any]:
         return {"process_group": self._group, "no_dist": self._group is None}
-
-
-def _live(model: Module, optimizer: Any, projector: Projector | None, scheduler: Any, ranks: Ranks) -> Live:
-    optimizers = () if deepspeed.is_engine(model) else as_optimizers(optimizer)
-    for candidate in (model, *optimizers):
-        if type(candidate).__module__.startswith("fairscale") or hasattr(candidate, "consolidate_state_dict"):
-            raise UnsupportedError(
-                f"{type(candidate).__name__} keeps its state in a form of its own, which "
-                "torch.distributed.checkpoint does not know; save what its own state_dict gives"
-            )
-    own = [found for o in optimizers if isinstance(found := getattr(o, "projector", None), Projector)]
-    if projector is None and len(own) == 1:
-        projector = own[0]
-    return Live(model, optimizers, projector, scheduler, ranks)
-
-
-def _encoded(live: Live, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of `values`, and the rest as JSON, with what each rank adds on its own."""
-    if live.scheduler is not None:
-        values["scheduler"] = live.scheduler.state_dict()
-    tensors, encoded = split(values)
-    for name, state in rng_state().items():
-        tensors[f"{RNG}/{live.rank}/{name}"] = state
-    encoded["anchors"] = live.anchors()
-    return tensors, encoded
-
-
-def _described(live: Live, folder: Path) -> tuple[Any, Any, str]:
-    """What the folder holds, once it is known to be of such a run, and a digest of what describes it."""
-    if deepspeed.is_engine(live.model):  # it reads files of which only the marker tells
-        check_complete(folder)
-    metadata, values = read_metadata(folder)
-    live.check_anchors(values.get("anchors"))
-    _check_parts(values, live, folder)
-    return metadata, values, sha256((folder / METADATA).read_bytes()).hexdigest()
-
-
-def _check_parts(values: Any, live: Live, folder: Path) -> None:
-    engine = deepspeed.is_engine(live.model)
-    parts = {
-        "model": not engine,
-        "optimizer": bool(live.optimizers),
-        "projector": live.projector is not None and not engine,
-        "scheduler": live.scheduler is not None,
-    }
-    for part, wanted in parts.items():
-        if wanted and not (part in values and isinstance(values[part], dict)):
-            raise CheckpointError(f"{folder}: was saved without a {part}; load it without, too")
-
-
-def _check_contents(
-    own: Mapping[str, Any], parts: Mapping[str, Any], metadata: Any, values: Any, folder: Path
-) -> None:
-    stepped: list[str] = []
-    if "optimizer" in parts:
-        groups = parts["optimizer"]["param_groups"]
-        check_groups(groups, values["optimizer"].get("param_groups"), folder)
-        stepped = [fqn for group in groups for fqn in group["params"]]
-    check_fits(own, stepped, metadata, folder)
-    # Fingerprints of anchors stand by layer as they are, and a layer may have any name.
-    encoded = {key: value for key, value in values.items() if key != "anchors"}
-    lost = [name for name in tensor_names(encoded) if name not in metadata.state_dict_metadata]
-    if lost:
-        raise CheckpointError(f"{folder}: is damaged: it has no tensor {lost[0]!r}")
 
 
 def _reason(error: BaseException) -> str:

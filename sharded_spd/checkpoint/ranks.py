@@ -61,17 +61,20 @@ class Ranks:
 
         return agree(in_kind, self.groups)
 
+    def union(self, own: Mapping[str, T]) -> dict[str, T]:
+        """The entries of all ranks."""
+        found = dict(own)
+        for group in [*self.groups, *reversed(self.groups[:-1])]:  # forth and back, as `agree` does
+            found = union(found, group)
+        return found
+
     def compare(self, **facts: object) -> None:
         """Raise on every rank where one of `facts` is not the same on all of them.
 
         Raises:
             CheckpointError: it names the fact, and two ranks with what they have.
         """
-        own = {name: _digest(value) for name, value in facts.items()}
-        theirs: dict[str, Mapping[str, tuple[str, str]]] = {_own_rank(): own}
-        # Forth and back, as `agree` does.
-        for group in [*self.groups, *reversed(self.groups[:-1])]:
-            theirs = union(theirs, group)
+        theirs = self.union({_own_rank(): {name: _digest(value) for name, value in facts.items()}})
         agree(partial(_raise_difference, theirs), self.groups)
 
     def shared(self, action: Callable[[], T], what: str) -> T:
@@ -82,8 +85,13 @@ class Ranks:
         return box[0]  # type: ignore[no-any-return]
 
 
+def everyone() -> list[ProcessGroup]:
+    """The group of all ranks of the job; none where this process is alone."""
+    return [dist.group.WORLD] if dist.is_initialized() and dist.group.WORLD is not None else []
+
+
 def groups_of(model: Module) -> list[ProcessGroup]:
-    """The groups that a model's own parameters and wrappers tell of, also of one rank, each set of ranks once.
+    """The groups that a model's own parameters and wrappers tell of, each set of ranks once.
 
     Those of the meshes of DTensors (FSDP2, tensor parallelism), of FSDP1's units and of DDP. Empty where
     nothing tells: plain parameters.
