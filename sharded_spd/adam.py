@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.adam import Adam, adam
 
+from sharded_spd.agree import agree
 from sharded_spd.engines.base import EngineAdapter
-from sharded_spd.engines.plain import ParameterAdapter
+from sharded_spd.engines.plain import ParameterAdapter, known_groups
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.fused import Lists, fused_adam, may_fuse
 from sharded_spd.groups import check_fingerprint, keep_shown, num_layers, take_group
 from sharded_spd.projector import Projector
 from sharded_spd.rules import Rule
 from sharded_spd.sources import GroupResolver, GroupSpec, Source
+from sharded_spd.step import Step
 
 
 class AdamSPD(Adam):
@@ -79,18 +81,25 @@ class AdamSPD(Adam):
         # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
         adapter = ParameterAdapter([self], model)
         self._adapter = adapter
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            fused=fused,
-        )
+        params, failure = _listed(params)
+
+        def construct() -> None:
+            if failure is not None:
+                raise failure
+            super(AdamSPD, self).__init__(
+                params,
+                lr,
+                betas,
+                eps,
+                weight_decay,
+                amsgrad,
+                foreach=foreach,
+                maximize=maximize,
+                capturable=capturable,
+                fused=fused,
+            )
+
+        agree(construct, known_groups(_tensors_in(params), model))
         self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=self._deferred)
         self._after_bind()
 
@@ -162,23 +171,34 @@ class AdamSPD(Adam):
         Raises:
             BindingError: where gradients are there and the anchors are not bound, or parameters were swapped.
             UnsupportedError: for a sparse gradient.
+            What failed on any rank that shares a layer; on the others with that rank's number.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._keep_groups()
-        fuse = may_fuse(self)
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._keep_groups()
+            fuse = may_fuse(self)
+        except Exception as error:
+            self.projector.break_off(self, error)
         step = self.projector.before_step(self, sums_later=fuse)
+        try:
+            self._step_base(step if fuse else None)
+        except Exception as error:
+            self.projector.break_off(self, error)
+        self.projector.after_step(self)
+        return loss
+
+    def _step_base(self, step: Step | None) -> None:
+        """Adam's step; that of what the kernels can together with the sums of `step`."""
         done: set[Tensor] = set()
         gathered = [self._gather(group) for group in self.param_groups]
-        if step is not None and fuse:
+        if step is not None:
             done = fused_adam(self, step, gathered)
             step.add_before()
         for group, lists in zip(self.param_groups, gathered, strict=True):
             self._adam(group, lists, done)
-        self.projector.after_step(self)
-        return loss
 
     def _keep_groups(self) -> None:
         """What an optimizer around this one has copied into the groups, out of a checkpoint it may be."""
@@ -280,3 +300,30 @@ class AdamSPD(Adam):
                 self._projector.adopt(*held)
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True
+
+
+def _listed(params: Any) -> tuple[Any, Exception | None]:
+    """The parameters, read once if they come one by one, and what went wrong then."""
+    if isinstance(params, (Tensor, Mapping)):
+        return params, None  # torch says what is wrong
+    try:
+        found = list(params)
+        for i, group in enumerate(found):
+            if isinstance(group, Mapping) and isinstance(group.get("params"), Iterator):
+                found[i] = {**group, "params": list(group["params"])}
+        return found, None
+    except Exception as error:
+        return [], error
+
+
+def _tensors_in(params: Any) -> list[Tensor]:
+    """The tensors among parameters, named ones and groups of them, as far as there are any."""
+    found: list[Tensor] = []
+    for entry in params if isinstance(params, Sequence) else ():
+        given = entry.get("params") if isinstance(entry, Mapping) else entry
+        if isinstance(entry, tuple) or isinstance(given, Tensor):
+            given = [entry[-1] if isinstance(entry, tuple) and entry else given]
+        found += [
+            p[-1] if isinstance(p, tuple) and p else p for p in (given if isinstance(given, Sequence) else ())
+        ]
+    return [p for p in found if isinstance(p, Tensor)]

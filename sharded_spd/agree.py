@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import md5
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -13,7 +13,7 @@ from sharded_spd import errors
 from sharded_spd.layout import ShardLayout
 
 T = TypeVar("T")
-_KINDS = {
+_KINDS: dict[str, type[Exception]] = {
     c.__name__: c
     for c in (
         errors.AnchorError,
@@ -21,12 +21,20 @@ _KINDS = {
         errors.CheckpointError,
         errors.ConfigError,
         errors.UnsupportedError,
+        OSError,
+        TypeError,
+        ValueError,
     )
 }
+
+Failure = tuple[int, str, str]
+"""A rank, the class of its exception, and the text."""
 
 
 def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
     """Run `action`, which calls no collective, and raise on all ranks of `groups` if it raised on one.
+
+    The ranks may name their groups in different orders.
 
     Raises:
         The rank's own exception; on the other ranks one of the same kind that names the failing rank.
@@ -37,22 +45,56 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
         result.append(action())
     except Exception as error:  # raised again below, once every rank knows
         failure = error
-    found: list[tuple[int, str, str]] = []
-    if failure is not None:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        found.append((rank, type(failure).__name__, str(failure)))
-    # Forth and back, so that word of a failure in the last group also reaches ranks that share only the
-    # first.
-    for group in [*groups, *reversed(groups[:-1])]:
-        gathered: list[list[tuple[int, str, str]]] = [[] for _ in range(group.size())]
-        dist.all_gather_object(gathered, found, group=group)
-        found = sorted({entry for entries in gathered for entry in entries})
-    if failure is not None:
-        raise failure
-    if found:
-        rank, kind, text = found[0]
-        raise _KINDS.get(kind, RuntimeError)(f"rank {rank} failed: {text}")
+    raise_first(failure, _flood(told_of(failure), groups))
     return result[0]
+
+
+def told_of(failure: Exception | None) -> list[Failure]:
+    """What a rank tells the others of its failure."""
+    if failure is None:
+        return []
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return [(rank, type(failure).__name__, str(failure))]
+
+
+def raise_first(own: Exception | None, failures: Sequence[Failure]) -> None:
+    """Raise this rank's own failure, else that of the first rank that failed, if any did.
+
+    Raises:
+        The rank's own exception; on the other ranks one of the same kind that names the failing rank.
+    """
+    if own is not None:
+        raise own
+    if failures:
+        rank, kind, text = failures[0]
+        raise _KINDS.get(kind, RuntimeError)(f"rank {rank} failed: {text}")
+
+
+def _flood(own: list[Failure], groups: Sequence[ProcessGroup]) -> list[Failure]:
+    """The failures of all ranks that `groups` connect.
+
+    Every rank takes its groups in the order of their ranks, so that none waits for one that waits for it.
+    Forth and back, so that word also reaches ranks that share no group with the one that failed; back only
+    where a member has another group, as all members know after the first time.
+    """
+    found = own
+    ordered = sorted(groups, key=dist.get_process_group_ranks)
+    twice = []
+    for group in ordered:
+        gathered: list[tuple[int, list[Failure]]] = [(0, []) for _ in range(group.size())]
+        dist.all_gather_object(gathered, (len(ordered), found), group=group)
+        found = _merged([entries for _, entries in gathered])
+        if any(num_groups > 1 for num_groups, _ in gathered):
+            twice.append(group)
+    for group in reversed(twice):
+        again: list[list[Failure]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(again, found, group=group)
+        found = _merged(again)
+    return found
+
+
+def _merged(lists: Sequence[list[Failure]]) -> list[Failure]:
+    return sorted({entry for entries in lists for entry in entries})
 
 
 def union(own: Mapping[str, T], group: ProcessGroup | None) -> dict[str, T]:
@@ -64,36 +106,78 @@ def union(own: Mapping[str, T], group: ProcessGroup | None) -> dict[str, T]:
     return {key: value for entries in gathered for key, value in entries.items()}
 
 
-def check_same_layers(layout: ShardLayout, groups: Sequence[ProcessGroup]) -> None:
-    """Raise unless each scope has the same layers on all its ranks, in one order: sums go by position.
+def check_same(
+    layout: ShardLayout, facts: Mapping[str, Mapping[str, object]], groups: Sequence[ProcessGroup]
+) -> None:
+    """Raise unless each scope has the same layers on all its ranks, alike, in one order: sums go by position.
+
+    Args:
+        layout: this rank's layers and scopes.
+        facts: of each layer, what has to be the same on all ranks that sum it, by what it is called.
+        groups: the groups whose ranks bind together.
 
     Raises:
-        BindingError: on all ranks of `groups`; it names a layer that one rank has and another has not.
+        BindingError: on all ranks of `groups`: a layer that one rank has and another has not, another order.
+        ConfigError: on all ranks of `groups`: a setting that differs; it names the layer and the values.
     """
-    different: list[str] = []
-    for scope in layout.scopes:
+    order = tuple(tuple(dist.get_process_group_ranks(scope.group)) for scope in layout.scopes)
+    places = {fqn: [scope for scope in layout.scopes if fqn in scope.layers] for fqn in layout.fqns}
+    different: list[Exception] = []
+    for scope in sorted(layout.scopes, key=lambda scope: dist.get_process_group_ranks(scope.group)):
         members = set(scope.layers)
-        own = [fqn for fqn in layout.fqns if fqn in members]
-        digests: list[str] = [""] * scope.group.size()
-        dist.all_gather_object(digests, md5(repr(own).encode()).hexdigest(), group=scope.group)
-        if len(set(digests)) > 1:
-            lists: list[list[str]] = [[] for _ in digests]
+        own = [
+            (fqn, {**facts[fqn], "place among the groups that split it": places[fqn].index(scope)})
+            for fqn in layout.fqns
+            if fqn in members
+        ]
+        digests: list[tuple[str, Any]] = [("", ())] * scope.group.size()
+        digest = md5(repr(own).encode(), usedforsecurity=False).hexdigest()
+        dist.all_gather_object(digests, (digest, order), group=scope.group)
+        ranks = dist.get_process_group_ranks(scope.group)
+        if len({digest for digest, _ in digests}) > 1:
+            lists: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in digests]
             dist.all_gather_object(lists, own, group=scope.group)
-            different.append(_difference(lists, dist.get_process_group_ranks(scope.group)))
+            different.append(_difference(lists, ranks))
+        elif not all(_same_order(order, theirs) for _, theirs in digests):
+            different.append(
+                errors.BindingError(
+                    "the process groups that split the layers stand in another order on some of the ranks "
+                    f"{ranks}; give all ranks the same parameters in the same order"
+                )
+            )
 
     def raise_difference() -> None:
         if different:
-            raise errors.BindingError(different[0])
+            raise different[0]
 
     agree(raise_difference, groups)
 
 
-def _difference(lists: Sequence[Sequence[str]], ranks: Sequence[int]) -> str:
-    for has, theirs in zip(ranks, lists, strict=True):
-        for lacks, others in zip(ranks, lists, strict=True):
+def _same_order(own: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> bool:
+    """Whether the scopes that two ranks have in common follow one another alike."""
+    return [s for s in own if s in theirs] == [s for s in theirs if s in own]
+
+
+def _difference(lists: Sequence[Sequence[tuple[str, dict[str, Any]]]], ranks: Sequence[int]) -> Exception:
+    names = [[fqn for fqn, _ in entries] for entries in lists]
+    for has, theirs in zip(ranks, names, strict=True):
+        for lacks, others in zip(ranks, names, strict=True):
             if missing := set(theirs) - set(others):
-                return (
+                return errors.BindingError(
                     f"the optimizer of rank {lacks} has no layer {min(missing)!r}, that of rank {has} has: "
                     "give every rank the same parameters, also those of which it holds nothing (numel 0)"
                 )
-    return "the optimizers' parameters stand in another order on some ranks; give all ranks the same order"
+    for rank, entries in zip(ranks, lists, strict=True):
+        for (fqn, first), (other, now) in zip(lists[0], entries, strict=True):
+            if fqn != other:
+                return errors.BindingError(
+                    "the optimizers' parameters stand in another order on some ranks; give all ranks the "
+                    "same order"
+                )
+            for name in first:
+                if first[name] != now.get(name):
+                    return errors.ConfigError(
+                        f"layer {fqn!r}: got {name} {first[name]!r} on rank {ranks[0]} and {now.get(name)!r} "
+                        f"on rank {rank}, which share its elements; give all ranks the same settings"
+                    )
+    return errors.BindingError("the ranks describe their layers in different ways; give all the same")

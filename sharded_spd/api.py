@@ -12,11 +12,17 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from sharded_spd.adam import AdamSPD
+from sharded_spd.agree import agree
 from sharded_spd.config import SPDConfig, load_config
 from sharded_spd.engines.base import EngineAdapter
-from sharded_spd.engines.deepspeed import deepspeed_adapter, is_deepspeed_engine, json_block
-from sharded_spd.engines.partitioned import share_of
-from sharded_spd.engines.plain import ParameterAdapter
+from sharded_spd.engines.deepspeed import (
+    data_parallel_group,
+    deepspeed_adapter,
+    is_deepspeed_engine,
+    json_block,
+)
+from sharded_spd.engines.partitioned import ranks_of, share_of
+from sharded_spd.engines.plain import ParameterAdapter, known_groups
 from sharded_spd.errors import ConfigError, UnsupportedError
 from sharded_spd.projector import Projector
 from sharded_spd.sources import ConfigResolver
@@ -49,13 +55,31 @@ def attach(
         ValueError: for a configuration or an anchor that does not fit the model.
         TypeError: for a target that is no optimizer, or one that projects already.
     """
-    if model is not None and not isinstance(model, Module):
-        raise UnsupportedError(
-            f"got model={type(model).__name__}; wanted a torch.nn.Module: settings go by name, config=..."
-        )
     if is_deepspeed_engine(target):
         return _attach_engine(target, config)
-    found = [_unwrap(t) for t in (target if isinstance(target, Sequence) else [target])]
+    targets = list(target) if isinstance(target, Sequence) else [target]
+
+    def prepare() -> tuple[EngineAdapter, SPDConfig, ConfigResolver]:
+        if model is not None and not isinstance(model, Module):
+            raise UnsupportedError(
+                f"got model={type(model).__name__}; wanted a torch.nn.Module: settings go by name, config=..."
+            )
+        own = SPDConfig() if config is None else config
+        return _adapter_of(targets, model), own, ConfigResolver(own)
+
+    return _attach(*agree(prepare, _ranks_of(targets, model)))
+
+
+def _ranks_of(targets: Sequence[Any], model: Any) -> Sequence[ProcessGroup]:
+    """Which ranks attach together, told before anything can be wrong on one of them."""
+    seen = [found for target in targets if isinstance(found := _innermost(target), Optimizer)]
+    params = [p for optimizer in seen for group in optimizer.param_groups for p in group["params"]]
+    shares = [group for optimizer in seen if (group := ranks_of(optimizer)) is not None]
+    return known_groups(params, model if isinstance(model, Module) else None, shares)
+
+
+def _adapter_of(targets: Sequence[Any], model: Module | None) -> EngineAdapter:
+    found = [_unwrap(target) for target in targets]
     if not found:
         raise UnsupportedError("got an empty sequence of optimizers; wanted at least one")
     optimizers = [optimizer for optimizer, _, _ in found]
@@ -70,14 +94,13 @@ def attach(
             "got optimizers that share their parameters out over different process groups; wanted one group"
         )
     wholes = [whole for _, whole, _ in found] if groups else []
-    adapter = ParameterAdapter(optimizers, model, wholes=wholes, everywhere=groups[0] if groups else None)
-    return _attach(adapter, SPDConfig() if config is None else config)
+    return ParameterAdapter(optimizers, model, wholes=wholes, everywhere=groups[0] if groups else None)
 
 
-def _attach(adapter: EngineAdapter, config: SPDConfig) -> Projector:
+def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver) -> Projector:
     projector = Projector(
         adapter,
-        ConfigResolver(config),
+        resolver,
         deferred=config.anchor.source == "deferred"
         or any(_deferred(layer.anchor) for layer in config.layers),
         together=config.defer,
@@ -93,36 +116,50 @@ def _attach(adapter: EngineAdapter, config: SPDConfig) -> Projector:
 
 def _attach_engine(engine: Any, config: SPDConfig | None) -> Projector:
     """To a DeepSpeed engine; its JSON may hold the settings."""
-    block = json_block(engine)
-    if config is None:
-        config = SPDConfig() if block is None else load_config(block)
-    elif block is not None and load_config(block) != config:
-        raise ConfigError(
-            'got settings both as config= and as the block "sharded_spd" of the DeepSpeed JSON, and they '
-            "differ; wanted them in one place"
-        )
-    adapter = deepspeed_adapter(engine, defer=config.defer)
-    for optimizer in adapter.optimizers:
-        if isinstance(optimizer, AdamSPD):
-            if config != SPDConfig(defer=config.defer):
-                raise ConfigError(
-                    "got AdamSPD as the engine's optimizer and settings to attach with; wanted them as "
-                    "AdamSPD's own arguments and groups, and attach(engine) alone"
-                )
-            return optimizer.move_to(adapter, together=config.defer)
-        _check_free(optimizer)
-    return _attach(adapter, config)
+
+    def prepare() -> tuple[EngineAdapter, SPDConfig, ConfigResolver]:
+        block, own = json_block(engine), config
+        if own is None:
+            own = SPDConfig() if block is None else load_config(block)
+        elif block is not None and load_config(block) != own:
+            raise ConfigError(
+                'got settings both as config= and as the block "sharded_spd" of the DeepSpeed JSON, and they '
+                "differ; wanted them in one place"
+            )
+        adapter = deepspeed_adapter(engine, defer=own.defer)
+        for optimizer in adapter.optimizers:
+            if isinstance(optimizer, AdamSPD):
+                if own != SPDConfig(defer=own.defer):
+                    raise ConfigError(
+                        "got AdamSPD as the engine's optimizer and settings to attach with; wanted them as "
+                        "AdamSPD's own arguments and groups, and attach(engine) alone"
+                    )
+            else:
+                _check_free(optimizer)
+        return adapter, own, ConfigResolver(own)
+
+    whole = data_parallel_group(engine)
+    adapter, own, resolver = agree(prepare, [] if whole is None else [whole])
+    optimizer = adapter.optimizers[0]
+    if isinstance(optimizer, AdamSPD):
+        return optimizer.move_to(adapter, together=own.defer)
+    return _attach(adapter, own, resolver)
 
 
 def _deferred(anchor: Any) -> bool:
     return anchor is not None and anchor.source == "deferred"
 
 
-def _unwrap(target: Any) -> tuple[Optimizer, Optimizer, ProcessGroup | None]:
-    """The optimizer that steps, what shares its parameters out over the ranks (else itself), and these."""
+def _innermost(target: Any) -> Any:
     seen = target
     while isinstance(getattr(seen, "optimizer", None), Optimizer):
         seen = seen.optimizer
+    return seen
+
+
+def _unwrap(target: Any) -> tuple[Optimizer, Optimizer, ProcessGroup | None]:
+    """The optimizer that steps, what shares its parameters out over the ranks (else itself), and these."""
+    seen = _innermost(target)
     if not isinstance(seen, Optimizer):
         raise UnsupportedError(
             f"got {type(target).__name__} to attach to; wanted a torch.optim.Optimizer or several, or a "
@@ -181,7 +218,10 @@ def _wrap(closure: Callable[[], Any], projector: Projector, optimizer: Optimizer
                 f"{type(optimizer).__name__} evaluated its closure more than once in one step; the "
                 "projection needs one gradient per step: use an optimizer that evaluates it once"
             )
-        loss = closure()
+        try:
+            loss = closure()
+        except Exception as error:
+            projector.break_off(optimizer, error)
         projector.before_step(optimizer)
         return loss
 

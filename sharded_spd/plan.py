@@ -153,6 +153,8 @@ class Reduction:
         guard: the guard's rows `[4, num_layers]`; only scopes with a guarded layer send them.
         guarded: layers that are still to be checked, the same on all ranks of their scopes.
         asked: whether anything asks for more than the guard; else only scopes with a guarded layer reduce.
+        trouble: what this rank adds to the ranks in trouble: 0, `FAILED` or `ABSENT`.
+        checksums: of the settings of each of the plan's scopes, whole numbers below 2^32.
     """
 
     plan: Plan
@@ -161,6 +163,8 @@ class Reduction:
     guard: Tensor | None
     guarded: set[str]
     asked: bool
+    trouble: float = 0.0
+    checksums: Sequence[int] = ()
 
     def views(self, scope: ScopeIndex) -> list[tuple[Tensor, Tensor]]:
         """What a scope sums of it: tensors `[num_rows, n]` and the columns of them; empty where nothing."""
@@ -172,16 +176,53 @@ class Reduction:
         views = [(table, scope.columns) for table in tables]
         return views + [(buffer.view(1, -1), scope.rows[p]) for p, buffer in self.rows]
 
+    @property
+    def travels(self) -> bool:
+        """Whether any scope sums anything of it: the ranks then meet."""
+        return any(self.views(scope) for scope in self.plan.scopes)
 
-def reduce_together_(reductions: Sequence[Reduction]) -> None:
+
+FAILED, ABSENT = 1.0, 2.0**-20
+"""What a rank adds that failed, and one that does not take the step that the others take; exact sums."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heard:
+    """What the ranks of one scope told each other beside their sums.
+
+    `words` `[2]`, on the device, is the sum of their troubles (and of those that they have heard of in scopes
+    before this one) and of their checksums, of which this rank's is `own`.
+    """
+
+    group: ProcessGroup
+    words: Tensor
+    own: int
+
+    @property
+    def trouble(self) -> Tensor:
+        """The ranks in trouble, 0-d on the device; one more where settings differ."""
+        return self.words[0] + (self.words[1] != self.group.size() * self.own)
+
+
+def reduce_together_(reductions: Sequence[Reduction]) -> list[Heard]:
     """Sum over every scope (modified in place), one collective each, however many plans take part."""
+    heard: list[Heard] = []
     groups = {s.index: s.group for r in reductions for s in r.plan.scopes}
     for index, group in sorted(groups.items()):
-        views = [view for r in reductions for s in r.plan.scopes if s.index == index for view in r.views(s)]
+        here = [(r, i, s) for r in reductions for i, s in enumerate(r.plan.scopes) if s.index == index]
+        views = [view for r, _, s in here for view in r.views(s)]
         if not views:
             continue
+        own = sum(r.checksums[i] for r, i, _ in here if r.checksums)
+        vectors = reductions[0].plan.vectors
+        words = vectors[f"words {index}"].update_numbers([max(r.trouble for r in reductions), float(own)])
+        if heard:
+            words = torch.stack([heard[-1].trouble, words[1]])
         pieces = [tensor[:, columns].reshape(-1) for tensor, columns in views]
-        payload = torch.cat(pieces)
+        payload = torch.cat([*pieces, words])
         all_reduce_(payload, group)
-        for (tensor, columns), part in zip(views, payload.split([p.numel() for p in pieces]), strict=True):
+        *summed, words = payload.split([*(p.numel() for p in pieces), words.numel()])
+        for (tensor, columns), part in zip(views, summed, strict=True):
             tensor[:, columns] = part.view(tensor.shape[0], -1)
+        heard.append(Heard(group, words, own))
+    return heard

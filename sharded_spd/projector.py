@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed import ProcessGroup
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, check_same_layers, union
+from sharded_spd.agree import agree, check_same, union
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
 from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
@@ -22,10 +22,11 @@ from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.layout import BoundShard
 from sharded_spd.monitor import Monitor, measure_deviation
-from sharded_spd.plan import Plan, Reduction, reduce_together_
+from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
 from sharded_spd.step import Step
 from sharded_spd.unbound import check_unbound
+from sharded_spd.verdict import Evidence, Verdict
 
 
 class Projector:
@@ -51,7 +52,10 @@ class Projector:
         self._rosters: dict[tuple[str, ...], Roster] = {}
         self._steps: dict[Optimizer, Step] = {}
         self._together = together
-        self._waiting: list[tuple[Step, Reduction]] = []
+        self._waiting: list[Step] = []
+        self._verdicts: list[Verdict] = []
+        self._calls: dict[Optimizer, list[Plan]] = {}
+        self._turns: dict[Optimizer, int] = {}
         self._stateful = False
         self._moved = False
         self._loaded: dict[str, Any] = {}
@@ -126,9 +130,9 @@ class Projector:
         """
         if self._detached:
             raise BindingError("this projector was detached and is not called any more; call attach() anew")
-        self._steps.clear()
-        self._waiting.clear()
         try:
+            self._catch_up()
+            self._meet("called bind() (AdamSPD.add_param_group binds, too)")
             self._bind(model, required=True)
         except Exception as error:
             # The adapter may describe the new parameters and the binding the old ones: no step may use both.
@@ -137,7 +141,8 @@ class Projector:
         self._failure = None
 
     def _bind(self, model: Module | None, *, required: bool) -> None:
-        layout = agree(lambda: self._adapter.layout(model), self._adapter.agreement_groups)
+        self._adapter.take_model(model)
+        layout = agree(self._adapter.layout, self._adapter.agreement_groups)
         if layout is None and not required:
             return
         if layout is None:
@@ -146,22 +151,20 @@ class Projector:
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
-        check_same_layers(layout, groups)
         old, renamed = self._binding, layout.renamed
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
         theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
         layout = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
         options = agree(partial(self._resolve, layout, owners, self._adapter.named), groups)
+        check_same(layout, agree(lambda: vouch.facts(options, shards, self._together), groups), groups)
         held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)
         agree(lambda: self._vouch(binding, renamed), groups)
         plans, self._binding, self._plans = list(self._plans.values()), binding, {}
         self._rosters.clear()
-        for optimizer in self._adapter.optimizers:
-            for call in self._adapter.inner_steps(optimizer):
-                self._plan(call, plans, renamed)
+        agree(partial(self._make_plans, plans, renamed), groups)
         self._stateful = bool(union(stateful_layers(self._plans.values()), layout.everywhere))
         self._adapter.mark(binding.fingerprint)
         if old is None:
@@ -177,6 +180,13 @@ class Projector:
         else:
             vouch.check_unchanged(self._binding, binding, renamed)
             binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
+
+    def _make_plans(self, old: Sequence[Plan], renamed: Mapping[str, str]) -> None:
+        self._calls = {
+            optimizer: [self._plan(call, old, renamed) for call in self._adapter.inner_steps(optimizer)]
+            for optimizer in self._adapter.optimizers
+        }
+        self._turns.clear()
 
     def _plan(
         self, shards: Sequence[BoundShard], old: Sequence[Plan] = (), renamed: Mapping[str, str] | None = None
@@ -201,24 +211,77 @@ class Projector:
     def before_step(self, optimizer: Optimizer, *, sums_later: bool = False) -> Step | None:
         """Take the statistics before `optimizer` steps; its gradients must be there.
 
-        With `sums_later` the caller takes them, of the step that comes back (None: unbound).
+        What fails on this rank is raised here where no rank waits for it, else once all ranks know: at the
+        first reduction of the step. With `sums_later` the caller takes the sums, of the step that comes back
+        (None: unbound).
 
         Raises:
             BindingError: unbound with gradients, or a parameter that was swapped or added since `bind()`.
         """
-        self._steps.pop(optimizer, None)
-        if self._failure is not None:
-            raise self._failure
         if self._binding is None:
-            check_unbound(optimizer, self._adapter.layout())
+            if self._failure is not None:
+                raise self._failure
+            check_unbound(optimizer, self._adapter.agreement_groups)
             return None
-        shards = self._adapter.bind(optimizer, grads=True)
-        plan = self._plan(shards)
-        step = Step(plan, self._binding, self._roster(plan, shards), optimizer, shards, sums_later=sums_later)
+        self._catch_up(optimizer)
+        step, shards = self._begin(optimizer)
+        self._turns[optimizer] = self._turns.get(optimizer, 0) + 1
+        if step.failure is None:
+            with step.trying():
+                step.prepare(self._roster(step.plan, shards), shards)
+        if step.failure is not None and not step.meets:
+            raise step.failure
+        try:
+            self._start(step)
+        except Exception:
+            step.release()
+            raise
+        if not sums_later:
+            with step.trying():
+                step.add_before()
         self._steps[optimizer] = step
         if step.moves and self._binding.found.away:
             warn.about_start(self._binding, shards)
         return step
+
+    def _begin(self, optimizer: Optimizer) -> tuple[Step, Sequence[BoundShard]]:
+        """A step of what `optimizer` holds now; where that cannot be told, of what it is expected to step."""
+        binding, failure, shards = self._require(), self._failure, []
+        calls = self._calls.get(optimizer, [])
+        plan = calls[self._turns.get(optimizer, 0) % len(calls)] if calls else None
+        try:
+            if failure is None:
+                shards = list(self._adapter.bind(optimizer, grads=True))
+                plan = self._plan_of(shards)
+        except Exception as error:  # told to the other ranks in the step's reduction
+            failure = error
+        if plan is None:
+            raise failure or BindingError(f"this {type(optimizer).__name__} was not bound; call bind()")
+        if any(plan is step.plan for step in self._waiting):
+            self._project()
+        step = Step(plan, binding, optimizer)
+        if failure is not None:
+            step.fail(failure)
+        return step, shards
+
+    def _plan_of(self, shards: Sequence[BoundShard]) -> Plan:
+        fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
+        if fqns not in self._plans and self._require().layout.scopes:
+            raise BindingError(
+                f"the optimizer steps {len(fqns)} layers that it did not step together when the anchors were "
+                "bound: a param group was added, taken away or changed; call bind() on every rank"
+            )
+        return self._plan(shards)
+
+    def _start(self, step: Step) -> None:
+        """Reduce what is needed ahead of the base step, if anything is."""
+        if not step.starts:
+            return
+        heard = reduce_together_([step.early_reduction()])
+        step.starts = False
+        self._hear(heard, [], [step])
+        with step.trying():
+            step.edit()
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -228,36 +291,167 @@ class Projector:
             AnchorError: at the first real step, where weights were loaded after the snapshot; and at all
             later ones.
             BindingError: where the optimizer stepped without `before_step`: it never called its closure.
+            ConfigError: where learning rate, lambda or bound differ between ranks that share a layer.
+            What failed on any rank that shares a layer; on the others with that rank's number.
         """
+        if self._binding is None:
+            return
         step = self._steps.pop(optimizer, None)
         if step is None:
-            if self._binding is not None:
-                raise BindingError(
+            self.break_off(
+                optimizer,
+                BindingError(
                     f"{type(optimizer).__name__} stepped without evaluating the closure that it was given; "
                     "the projection needs a gradient: call step() without a closure, after backward()"
-                )
-            return
-        self._waiting.append((step, step.collect()))
+                ),
+            )
+        with step.trying():
+            step.add_after()
+        self._waiting.append(step)
         self._moved |= step.moves
         last = self._adapter.boundary(optimizer)
-        if last or not self._together:
+        # Without a scope there is nothing to be reduced, and so nothing to wait for.
+        if last or not self._together or not self._binding.layout.scopes:
             self._project()
+        if last:
+            self._turns.clear()
         if last and self._moved:
             self._moved = False
             self._monitor.step(list(self._plans.values()), self._require().norms)
 
-    def _project(self) -> None:
+    def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
+        """Raise `error`, which keeps this rank from finishing its step, on every rank that waits for it.
+
+        Raises:
+            The first error of this step on this rank.
+        """
+        if self._binding is None:
+            raise error
+        step = self._steps.pop(optimizer, None)
+        if step is None:
+            step, _ = self._begin(optimizer)
+        step.fail(error)
+        if step.meets:
+            self._start(step)
+            self._finish_with(step)
+        raise step.failure or error
+
+    def _finish_with(self, *broken: Step, now: bool = False) -> None:
+        """Reduce what waits with `broken`, and what the other ranks have stepped by the time they reduce."""
+        self._waiting += broken
+        if self._together:
+            done = {id(step.plan) for step in self._waiting}
+            rest = [
+                (optimizer, plan)
+                for optimizer, calls in self._calls.items()
+                for plan in calls
+                if id(plan) not in done
+            ]
+            for optimizer, plan in rest:
+                step = Step(plan, self._require(), optimizer)
+                step.fail(BindingError("this rank ended its step early"), absent=True)
+                self._waiting.append(step)
+        self._project(now=now)
+
+    def _project(self, *, now: bool = False) -> None:
         """Settle the inner steps that wait, by one reduction."""
-        waiting, self._waiting = self._waiting, []
-        steps = [step for step, _ in waiting]
+        steps, self._waiting = self._waiting, []
         try:
-            reduce_together_([reduction for _, reduction in waiting])
+            heard = reduce_together_([step.reduction() for step in steps])
+            evidence = [found for step in steps if (found := step.evidence()) is not None]
+            self._hear(heard, evidence, steps, now=now)
+            self._pull(steps, told=bool(heard))
+        except Exception:
+            self._turns.clear()
+            raise
+        finally:
             for step in steps:
-                step.project()
+                step.release()
+        self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
+
+    def _pull(self, steps: Sequence[Step], *, told: bool) -> None:
+        """Find s and pull. What fails here on one rank is `told` to the others, if at all, a step later."""
+        try:
+            for step in steps:
+                if step.failure is None:
+                    step.project()
+        except Exception as error:
+            if told:
+                self._failure = error
+            raise
+
+    def _hear(
+        self,
+        heard: Sequence[Heard],
+        evidence: Sequence[Evidence],
+        steps: Sequence[Step],
+        *,
+        now: bool = False,
+    ) -> None:
+        """Raise what any rank has said; on a GPU when the next step begins, unless it has to be `now`."""
+        failures = sorted((step for step in steps if step.failure is not None), key=lambda step: step.absent)
+        if not heard and not evidence and not failures:
+            return
+        failure = failures[0].failure if failures else None
+        told = [h.words for h in heard] + [e.rows for e in evidence]
+        captured = bool(told) and told[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if told and not captured:
+            verdict = Verdict(heard, evidence, self._require().unverified)
+            if now or not verdict.late:
+                self._read(verdict, failure, {k: v for step in steps for k, v in step.settings.items()})
+                return
+            self._verdicts.append(verdict)
+        if failure is not None:
+            raise failure
+
+    def _read(self, verdict: Verdict, failure: Exception | None = None, settings: Any = None) -> None:
+        try:
+            verdict.read(failure, settings)
         except AnchorError as error:
             self._failure = error
             raise
-        self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
+
+    def _catch_up(self, optimizer: Optimizer | None = None) -> None:
+        """Finish what is under way, before something that reads or changes it; collective if anything is.
+
+        `optimizer` is about to step: what waits of others then goes on waiting.
+        """
+        if self._binding is None:
+            return
+        verdicts, self._verdicts = self._verdicts, []
+        for verdict in verdicts:
+            self._read(verdict)
+        broken = [step for o, step in self._steps.items() if optimizer in (None, o)]
+        if broken:
+            for step in broken:
+                del self._steps[step.optimizer]
+                if step.failure is None:
+                    text = "began a step that an exception ended, and that another rank has finished"
+                    step.fail(BindingError(f"{type(step.optimizer).__name__} {text}"), absent=True)
+            broken = [step for step in broken if step.meets]
+        if broken:
+            self._finish_with(*broken, now=True)
+        # Of an optimizer that is called several times in an engine step, another part is to step.
+        again = len(self._calls.get(optimizer, ())) == 1 if optimizer is not None else True
+        if again and any(optimizer in (None, step.optimizer) for step in self._waiting):
+            self._project()
+
+    def _meet(self, what: str) -> None:
+        """Make sure that the ranks that share layers all do `what`, and none takes a step instead."""
+        binding = self._binding
+        if binding is None:
+            return
+        steps = [Step(plan, binding, o) for o, calls in self._calls.items() for plan in calls]
+        step = next((step for step in steps if step.meets), None)
+        if step is None:
+            return
+        step.fail(BindingError(f"{what}, and another rank took a step; do it on every rank"), absent=True)
+        if step.starts:
+            self._hear(reduce_together_([step.early_reduction()]), [], [step], now=True)
+        elif self._together:
+            self._finish_with(step, now=True)
+        else:
+            self._hear(reduce_together_([step.reduction()]), [], [step], now=True)
 
     def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
         """Own the handles of the hooks that call this projector, for `detach`."""
@@ -271,6 +465,8 @@ class Projector:
         self._adapter.mark(None)
         self._steps.clear()
         self._waiting.clear()
+        self._verdicts.clear()
+        self._calls.clear()
         self._plans.clear()
         self._rosters.clear()
         self._binding = None
@@ -289,9 +485,12 @@ class Projector:
 
         Collective.
         """
-        shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
-        binding = self._require()
-        agree(binding.check_files, self._adapter.agreement_groups)
+        self._catch_up()
+        binding, groups = self._require(), self._adapter.agreement_groups
+        shards = agree(
+            lambda: [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)], groups
+        )
+        agree(binding.check_files, groups)
         return union(measure_deviation(binding, shards), binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,6 +498,7 @@ class Projector:
 
         Collective where ranks have different layers and a rule has state.
         """
+        self._catch_up()
         fingerprint = self._binding.fingerprint if self._binding is not None else ""
         layers = export_layers(self._plans.values(), self._adapter)
         if self._binding is not None and self._stateful:
@@ -314,11 +514,17 @@ class Projector:
         Raises:
             AnchorError: where the checkpoint was written with other anchors.
         """
+        self._catch_up()
         if self._binding is None:
             self._loaded = dict(state_dict)
             return
-        vouch.check_saved(state_dict.get("fingerprint", ""), self._binding.fingerprint)
-        self._restore(state_dict)
+        own = self._binding.fingerprint
+
+        def load() -> None:
+            vouch.check_saved(state_dict.get("fingerprint", ""), own)
+            self._restore(state_dict)
+
+        agree(load, self._adapter.agreement_groups)
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
         self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))

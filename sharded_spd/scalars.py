@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -33,6 +35,14 @@ class Scalars:
                     kinds[key] = len(kinds)
                     self._kinds.append((shard.param_group, own.weight_decay, own.max_pull, piece.layer))
                 kind_of[column], shard_of[column] = kinds[key], position
+        # What is to be alike on the ranks of a scope: the kinds of its layers, each run of them once.
+        self._kinds_of_scopes = [
+            [kind for kind, _ in groupby(kind_of[plan.column[fqn]] for fqn in scope.fqns)]
+            for scope in plan.scopes
+        ]
+        self._last: list[Any] = []
+        self.checksums: list[int] = [0] * len(plan.scopes)
+        """Of the scalars that were read last, one per scope of the plan."""
         self._kind_of = torch.tensor(kind_of, dtype=torch.long, device=plan.device)
         self._shard_of = torch.tensor(shard_of, dtype=torch.long, device=plan.device)
         self._vectors = [HostVector(plan.device) for _ in range(3)]
@@ -52,8 +62,24 @@ class Scalars:
             check_scalars(layer, group.get("lr"), decay, limit)
             values.append((group["lr"], decay, limit))
         columns = list(zip(*values, strict=True)) if values else [()] * 3
+        self._sum_up([tuple(map(_told, own)) for own in values])
         lr, decay, limit = (v.update(c)[self._kind_of] for v, c in zip(self._vectors, columns, strict=True))
         return lr, decay, limit
+
+    def _sum_up(self, values: list[Any]) -> None:
+        if values != self._last:
+            self._last = values
+            self.checksums = [
+                crc32(repr([values[kind] for kind in kinds]).encode()) for kinds in self._kinds_of_scopes
+            ]
+
+    def settings(self) -> dict[str, Any]:
+        """The scalars that were read last, by the first layer that has them; for messages."""
+        return {
+            f"{name} of {layer!r}": value
+            for (*_, layer), own in zip(self._kinds, self._last, strict=False)
+            for name, value in zip(("lr", "weight_decay", "max_pull"), own, strict=True)
+        }
 
     def has_grad(self, shards: Sequence[BoundShard]) -> Tensor:
         """1 for the layers with a gradient on this rank, float64 `[num_layers]`."""
@@ -67,3 +93,8 @@ class Scalars:
         """Whether any layer has a gradient and a learning rate, as far as the host can tell."""
         with_grad = {id(s.param_group): s.param_group for s in shards if s.grad is not None}
         return any(isinstance(g["lr"], Tensor) or g["lr"] != 0 for g in with_grad.values())
+
+
+def _told(value: Any) -> float | None:
+    """A scalar as the ranks compare it; None for one that the host would have to wait for."""
+    return None if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,57 +19,102 @@ from sharded_spd.items import Item
 from sharded_spd.kernels import REFERENCE, Moments
 from sharded_spd.kernels.reference import pull_, pull_back_
 from sharded_spd.layout import BoundShard
-from sharded_spd.plan import Plan, Reduction, RulePart, reduce_together_
+from sharded_spd.plan import ABSENT, FAILED, Plan, Reduction, RulePart
 from sharded_spd.roster import Roster
 from sharded_spd.rules import Options, Stats
 from sharded_spd.stats import DELTA_SQ, expand_rows, layer_sums
 from sharded_spd.sums import Sums
+from sharded_spd.verdict import Evidence
 
 _HAS_GRAD, _FOUND_INF = 0, 1
-"""Rows of the flags: ranks with a gradient, with an overflow."""
-
-_LOST = 2.0**20
-"""What a rank that has lost the file of an anchor on disk adds to the overflows, more than there are ranks: a
-row of its own would change the order in which the statistics are added up, and so their last bits."""
+"""Rows of the flags: ranks with a gradient, with an overflow (or a failure)."""
 
 
 class Step:
-    """One inner step under way: made right before the base optimizer steps, finished right after."""
+    """One inner step under way: made right before the base optimizer steps, finished right after.
 
-    def __init__(
-        self,
-        plan: Plan,
-        binding: Binding,
-        roster: Roster,
-        optimizer: Optimizer,
-        shards: Sequence[BoundShard],
-        *,
-        sums_later: bool = False,
-    ) -> None:
-        self._plan = plan
-        self._roster = roster
-        self._shards = shards
+    Its reductions have the same shape on all ranks, whatever one of them finds: what fails between them
+    (`trying`) is kept as `failure` and told to the others in the next one, in which all ranks take part.
+    """
+
+    def __init__(self, plan: Plan, binding: Binding, optimizer: Optimizer) -> None:
+        self.plan = self._plan = plan
         self._binding = binding
-        self._on_disk = binding.on_disk.intersection(plan.fqns)
+        self.optimizer = optimizer
+        self.failure: Exception | None = None
+        """What this rank could not do."""
+        self.absent = False
+        """Whether `failure` is that this rank takes no step at all."""
         self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._guarded = binding.unverified.among(plan.fqns)
         self._guard: Tensor | None = None
-        self._with_grad: set[str] = set()
         if self._guarded:
             self._guard = torch.zeros(4, len(plan.fqns), dtype=torch.float64, device=plan.device)
-            self._with_grad = {p.layer for s in shards if s.grad is not None for p in s.slices}
-        self._read_scalars(optimizer, shards)
-        self._items = self._line_up(optimizer, shards)
+        self._roster: Roster | None = None
+        self._shards: Sequence[BoundShard] = ()
+        self._items: list[Item] = []
+        self._moves = False
         self._edited: dict[int, tuple[Stats, dict[str, Tensor]]] = {}
-        self._early()
+        self._early = Sums(plan, plan.keys(early=True)) if any(part.early for part in plan.parts) else None
         self._sums = Sums(plan, plan.keys(early=False))
         self._batches: list[Batch] = []
         self._stepped: set[int] = set()
-        if not sums_later:
-            self.add_before()
+        self.starts = self._early is not None
+        """Whether a reduction comes before the base step, and has not been yet."""
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """What fails inside is kept as `failure`; nothing is projected then."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception, *, absent: bool = False) -> None:
+        """Take part in what is left of the step without anything to give."""
+        if self.failure is None:
+            self.failure, self.absent = error, absent
+        if self._roster is not None:
+            self._roster.let_go(self._roster.items)
+        self._items, self._batches = [], []
+        self._flags[_FOUND_INF] = 1.0  # so that ranks that hear of it late pull nothing
+
+    def prepare(self, roster: Roster, shards: Sequence[BoundShard]) -> None:
+        """Read the scalars, line up what has a gradient, and take the sums that are needed first."""
+        self._roster, self._shards = roster, shards
+        self._read_scalars(roster, shards)
+        self._items = self._line_up(roster, shards)
+        if self._early is not None:
+            early = [item for item in self._items if item.part.early]
+            for batch in roster.batches.of(early, "early"):
+                batch.add("before", self._early)
+
+    @property
+    def meets(self) -> bool:
+        """Whether a reduction is to come, in which the ranks meet."""
+        return (self.starts and self.early_reduction().travels) or self.reduction().travels
+
+    def early_reduction(self) -> Reduction:
+        """What is to be reduced ahead of the base step, where `starts`."""
+        if self._early is None:
+            raise RuntimeError("no rule of this step asks for sums ahead of the base step")
+        return self._early.reduction(self._flags, **self._told())
+
+    def edit(self) -> None:
+        """Let the rules that edit gradients do so, from the reduced early sums."""
+        for p, part in enumerate(self._plan.parts):
+            if not part.early or self._early is None:
+                continue
+            stats, state = self._early.stats(part, part.keys(early=True)), dict(part.state)
+            self._edited[p] = (stats, state)
+            if part.rule.spec.edits_grad:
+                plan = part.rule.plan_edit(stats, state, self._options(part))
+                self._edit(part, plan, self._active(part, stats, self._early.flags))
 
     def add_before(self) -> None:
         """Take the sums before the base step, of what has not been stepped with its sums."""
+        if self._roster is None or self.failure is not None:
+            return
         rest = [i for i in self._items if id(i) not in self._stepped] if self._stepped else self._items
         around = self._roster.batches.of(rest, "around the base")
         for batch in around:
@@ -90,6 +136,8 @@ class Step:
 
         That is, of all its elements, by rules that need nothing but the sums that such a kernel forms.
         """
+        if self._roster is None or self.failure is not None:
+            return {}
         return {
             owner: items
             for owner, items in self._roster.wholes.items()
@@ -98,6 +146,8 @@ class Step:
 
     def adam_(self, items: Sequence[Item], moments: Sequence[Moments], numbers: Tensor) -> None:
         """Step items of `steppable` as Adam does (modified in place), with their sums; see `Table.adam_`."""
+        if self._roster is None:
+            return
         found = self._roster.batches.of(items, "with Adam")
         places = {id(item): i for i, item in enumerate(items)} if len(found) > 1 else {}
         for batch in found:
@@ -117,68 +167,69 @@ class Step:
         """What the base optimizer stepped."""
         return self._shards
 
-    def collect(self) -> Reduction:
-        """Take the sums after the base step; let go of the gradients. What comes back is to be reduced."""
-        self._roster.after_base(self._items)
+    def add_after(self) -> None:
+        """Take the sums after the base step; let go of the gradients."""
+        if self._roster is not None:
+            self._roster.after_base(self._items)
         for batch in self._batches:
             if id(batch.items[0]) not in self._stepped:
                 batch.add("after", self._sums)
+
+    def reduction(self) -> Reduction:
+        """What is to be reduced after the base step."""
         return self._sums.reduction(
-            self._flags, guard=self._guard, guarded=self._guarded, always=bool(self._on_disk)
+            self._flags,
+            guard=self._guard,
+            guarded=self._guarded,
+            always=not self._binding.on_disk.isdisjoint(self._plan.fqns),
+            **self._told(),
         )
 
-    def project(self) -> None:
-        """Find s from the reduced sums, and pull.
+    def _told(self) -> dict[str, Any]:
+        trouble = 0.0 if self.failure is None else ABSENT if self.absent else FAILED
+        checksums = self._roster.scalars.checksums if self._roster is not None else ()
+        return {"trouble": trouble, "checksums": checksums}
 
-        Raises:
-            AnchorError: on all ranks alike, where a layer had left its anchor before its first step, or the
-                file of an anchor on disk has changed.
-        """
-        if self._on_disk:
-            self._check_files()
-        if self._guard is not None:
-            self._settle(self._guard)
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The step's scalars by name."""
+        return self._roster.scalars.settings() if self._roster is not None else {}
+
+    def evidence(self) -> Evidence | None:
+        """What the guard has to look at, once it is reduced."""
+        if self._guard is None or self.failure is not None:
+            return None
+        rows = torch.cat([self._guard, self._sums.flags, self._lr.view(1, -1)])
+        return Evidence(self._plan.fqns, [scope.fqns for scope in self._plan.scopes], rows)
+
+    def project(self) -> None:
+        """Find s from the reduced sums, and pull."""
         for p, part in enumerate(self._plan.parts):
             if part.rule.spec.when == "after" and part.rule.spec.pulls:
                 earlier = self._edited[p][0] if p in self._edited else None
                 stats = self._sums.stats(part, part.keys(early=False), earlier)
                 self._project(p, part, stats, self._sums.flags)
-        self._roster.let_go(self._items)
 
-    def _check_files(self) -> None:
-        """Raise on all ranks what one of them saw. Waits for the device."""
-        for fqn, count in zip(self._plan.fqns, self._sums.flags[_FOUND_INF].tolist(), strict=True):
-            if count >= _LOST:
-                source = getattr(self._binding.options[fqn].anchor, "source", "")
-                why = self._roster.lost.get(fqn, f"its anchor on disk, {source}, has changed")
-                raise AnchorError(f"layer {fqn!r}: {why} (seen on {count // _LOST:.0f} rank(s))")
+    def release(self) -> None:
+        """Let go of the weights, which the engine may move or free now."""
+        if self._roster is not None:
+            self._roster.let_go(self._items)
 
-    def _settle(self, guard: Tensor) -> None:
-        if self._guarded.isdisjoint(self._with_grad):
-            return  # nothing to decide, so the host need not wait
-        has_grad, found_inf = self._sums.flags
-        scopes = [scope.fqns for scope in self._plan.scopes]
-        self._binding.unverified.settle(
-            self._plan.fqns, scopes, guard, has_grad=has_grad, found_inf=found_inf, lr=self._lr
-        )
-
-    def _read_scalars(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> None:
-        scalars = self._roster.scalars
+    def _read_scalars(self, roster: Roster, shards: Sequence[BoundShard]) -> None:
+        scalars = roster.scalars
         self._lr, self._weight_decay, self._max_pull = scalars.read()
         self._moves = scalars.moves(shards)
         self._flags[_HAS_GRAD] = scalars.has_grad(shards)
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None:
             self._flags[_FOUND_INF] = found_inf.to(self._plan.device, non_blocking=True)
         if self._guard is not None:
             self._guard[HAS_STATE] = scalars.has_state(shards)
 
-    def _line_up(self, optimizer: Optimizer, shards: Sequence[BoundShard]) -> list[Item]:
-        items = self._roster.line_up(shards, getattr(optimizer, "grad_scale", None))
-        if self._on_disk:
-            lost = self._roster.lost
-            missing = [_LOST if fqn in lost else 0.0 for fqn in self._plan.fqns]
-            self._flags[_FOUND_INF] += self._plan.vectors["lost"].update_numbers(missing)
+    def _line_up(self, roster: Roster, shards: Sequence[BoundShard]) -> list[Item]:
+        items = roster.line_up(shards, getattr(self.optimizer, "grad_scale", None))
+        for fqn, why in roster.lost.items():
+            raise AnchorError(f"layer {fqn!r}: {why}")
         if self._guard is not None:
             for item in items:
                 if item.piece.layer in self._guarded and item.part.rule.spec.anchored:
@@ -193,23 +244,6 @@ class Step:
         ):
             guard[row, item.column] += value.to(guard.device)
         guard[MOVED, item.column] += float(item.moved)
-
-    def _early(self) -> None:
-        """Reduce what is needed ahead of the base step, and let the rules that edit gradients do so."""
-        if not any(part.early for part in self._plan.parts):
-            return
-        sums = Sums(self._plan, self._plan.keys(early=True))
-        for batch in self._roster.batches.of([item for item in self._items if item.part.early], "early"):
-            batch.add("before", sums)
-        reduce_together_([sums.reduction(self._flags)])
-        for p, part in enumerate(self._plan.parts):
-            if not part.early:
-                continue
-            stats, state = sums.stats(part, part.keys(early=True)), dict(part.state)
-            self._edited[p] = (stats, state)
-            if part.rule.spec.edits_grad:
-                plan = part.rule.plan_edit(stats, state, self._options(part))
-                self._edit(part, plan, self._active(part, stats, sums.flags))
 
     def _edit(self, part: RulePart, plan: Any, active: Tensor) -> None:
         for item in self._items:

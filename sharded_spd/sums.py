@@ -63,17 +63,19 @@ class Sums:
         guard: Tensor | None = None,
         guarded: set[str] | None = None,
         always: bool = False,
+        trouble: float = 0.0,
+        checksums: Sequence[int] = (),
     ) -> Reduction:
         """Flags, statistics, rows and guard, ready to be summed over all scopes in place.
 
-        `always`: the flags are wanted even where no rule asks for a statistic.
+        `always`: the ranks are to meet even where no rule asks for a statistic. See `Reduction`.
         """
         plan, num_flags = self._plan, flags.shape[0]
         table = torch.cat([flags, self._table])
         rows = [(p, buffer) for (p, _), buffer in self._rows.items()]
         self.flags, self._table = table[:num_flags], table[num_flags:]
         asked = always or bool(self._layer_keys or rows)
-        return Reduction(plan, table, rows, guard, guarded or set(), asked=asked)
+        return Reduction(plan, table, rows, guard, guarded or set(), asked, trouble, checksums)
 
     def row(self, key: Key) -> Tensor:
         """A reduced statistic per layer of the plan, `[num_layers]`."""

@@ -5,13 +5,41 @@ Told from reduced numbers, in an action on which the ranks agree: a manifest may
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
-from sharded_spd.anchors.base import VouchedStore
+from sharded_spd.anchors.base import VouchedStore, is_on_disk
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.anchors.paths import some
-from sharded_spd.binding import Binding
+from sharded_spd.binding import Binding, LayerSettings
 from sharded_spd.errors import AnchorError
+from sharded_spd.layout import BoundShard
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def facts(
+    options: Mapping[str, LayerSettings], shards: Sequence[BoundShard], together: bool
+) -> dict[str, dict[str, object]]:
+    """Of each layer, what has to be the same on all ranks that sum it; a path may be each node's own."""
+    found: dict[str, dict[str, object]] = {}
+    for shard in shards:
+        group = shard.param_group
+        scalars = {key: group.get(key) for key in ("lr", "weight_decay", "max_pull", "maximize")}
+        for piece in shard.slices:
+            own = options[piece.layer]
+            kind = own.anchor if isinstance(own.anchor, str) else type(own.anchor).__name__
+            found[piece.layer] = {
+                "rule": f"{own.rule.name} {_ADDRESS.sub('', repr(own.rule))}",
+                "anchor": kind if own.rule.spec.anchored else None,
+                **{k: v if isinstance(v, (int, float, bool)) else None for k, v in scalars.items()},
+                "weight_decay of the configuration": own.weight_decay,
+                "max_pull of the configuration": own.max_pull,
+                "anchor on disk": is_on_disk(own.anchor),
+                "anchor.fingerprint": own.fingerprint,
+                "defer": together,
+            }
+    return found
 
 
 def check_stored(binding: Binding) -> None:

@@ -33,7 +33,11 @@ class EngineAdapter(Protocol):
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
-        """Groups whose ranks run this code together, in the same order on all of them."""
+        """Groups whose ranks run this code together. Raises nothing, and needs no layout."""
+        ...
+
+    def take_model(self, model: Module | None) -> None:
+        """Remember the model that `layout()` is to look at; None: as before. Raises nothing."""
         ...
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:

@@ -59,11 +59,12 @@ def deepspeed_adapter(engine: Any, *, defer: bool) -> DeepSpeedAdapter | WholeAd
             stacklevel=3,
         )
     if isinstance(engine.optimizer, Optimizer):
-        return WholeAdapter([engine.optimizer], engine.module, group=_data_parallel_group(engine))
+        return WholeAdapter([engine.optimizer], engine.module, group=data_parallel_group(engine))
     return DeepSpeedAdapter(engine)
 
 
-def _data_parallel_group(engine: Any) -> ProcessGroup | None:
+def data_parallel_group(engine: Any) -> ProcessGroup | None:
+    """The ranks that an engine runs on together."""
     group: ProcessGroup | None = getattr(engine, "data_parallel_group", None)
     return group if group is not None or not dist.is_initialized() else dist.group.WORLD
 
@@ -115,10 +116,13 @@ class DeepSpeedAdapter:
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
         """The data-parallel group, and the groups that split any layer."""
-        whole = _data_parallel_group(self._engine)
+        whole = data_parallel_group(self._engine)
         if whole is None:
             return []
         return list({tuple(dist.get_process_group_ranks(whole)): whole, **self._groups}.values())
+
+    def take_model(self, model: Module | None) -> None:
+        """Nothing: the engine has the model."""
 
     def layout(self, model: Module | None = None) -> ShardLayout:
         """Read the flats and check them against the live weights, on this rank alone.
@@ -144,7 +148,7 @@ class DeepSpeedAdapter:
                 self._where[piece.layer] = (piece, group if len(ranks) > 1 else None)
         scoped = tuple(Scope(group, tuple(layers)) for group, layers in scopes.values())
         experts = any(not getattr(param, "allreduce", True) for param in names)
-        everywhere = _data_parallel_group(self._engine) if experts else None
+        everywhere = data_parallel_group(self._engine) if experts else None
         # This rank does not know the names of other ranks' experts.
         model_fqns = () if experts else self._model_fqns
         return ShardLayout(tuple(self._shapes), self._shapes, scoped, model_fqns, everywhere=everywhere)

@@ -23,14 +23,23 @@ _SDP = "fairscale.nn.data_parallel.sharded_ddp"
 
 def fairscale_parts(model: Module) -> Iterator[tuple[Tensor, Part]]:
     """Each tensor that fairscale's FSDP gives the optimizer, with the wrappers' names of the layers."""
+    for prefix, unit in _named_units(model):
+        own_names = {param: name for name, param in unit.named_parameters()}
+        for param in unit.params:
+            yield param, _part(prefix, unit, param, own_names)
+
+
+def fairscale_units(model: Module) -> list[Any]:
+    """The wrappers in the model."""
+    return [unit for _, unit in _named_units(model)]
+
+
+def _named_units(model: Module) -> Iterator[tuple[str, Any]]:
     module = sys.modules.get(_FSDP)
-    if module is None:
-        return
-    for prefix, unit in model.named_modules():
-        if isinstance(unit, module.FullyShardedDataParallel):
-            own_names = {param: name for name, param in unit.named_parameters()}
-            for param in unit.params:
-                yield param, _part(prefix, unit, param, own_names)
+    if module is not None:
+        for prefix, unit in model.named_modules():
+            if isinstance(unit, module.FullyShardedDataParallel):
+                yield prefix, unit
 
 
 def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> Part:

@@ -28,12 +28,22 @@ def fsdp1_parts(model: Module) -> Iterator[tuple[Tensor, Part]]:
         UnsupportedError: for a layer that was flattened in another order than row by row, a tensor-parallel
             one, or a torch that lays its flat parameters out in another way.
     """
-    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if module is None:
-        return
-    for prefix, unit in model.named_modules():
-        if isinstance(unit, module.FullyShardedDataParallel) and unit._handle is not None:
+    for prefix, unit in _named_units(model):
+        if unit._handle is not None:
             yield from _unit_parts(prefix, unit, unit._handle)
+
+
+def fsdp1_units(model: Module) -> list[Any]:
+    """The wrappers in the model."""
+    return [unit for _, unit in _named_units(model)]
+
+
+def _named_units(model: Module) -> Iterator[tuple[str, Any]]:
+    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if module is not None:
+        for prefix, unit in model.named_modules():
+            if isinstance(unit, module.FullyShardedDataParallel):
+                yield prefix, unit
 
 
 def _unit_parts(prefix: str, unit: Any, handle: Any) -> Iterator[tuple[Tensor, Part]]:

@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_spd.engines.fairscale import fairscale_parts
-from sharded_spd.engines.fsdp1 import fsdp1_parts
+from sharded_spd.engines.fairscale import fairscale_parts, fairscale_units
+from sharded_spd.engines.fsdp1 import fsdp1_parts, fsdp1_units
 from sharded_spd.engines.parts import Part
 from sharded_spd.names import clean_fqn, clean_fqns
 
@@ -53,6 +53,16 @@ def view_model(model: Module) -> ModelView:
     group = model.process_group if isinstance(model, DistributedDataParallel) else None
     fqns = _in_order(raw, by_raw, model) if parts else tuple(cleaned)
     return ModelView(names, parts, fqns, group)
+
+
+def wrapper_groups(model: Module) -> list[ProcessGroup]:
+    """The groups of two ranks and more over which wrappers in the model split or copy its parameters."""
+    found: list[ProcessGroup | None] = (
+        [model.process_group] if isinstance(model, DistributedDataParallel) else []
+    )
+    for module in (*fsdp1_units(model), *fairscale_units(model)):
+        found += [getattr(module, name, None) for name in ("process_group", "_inter_node_pg")]
+    return [group for group in dict.fromkeys(found) if group is not None and group.size() > 1]
 
 
 def _in_order(raw: Sequence[str], by_raw: Mapping[str, str], model: Module) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ def share_of(target: Any) -> tuple[Optimizer, ProcessGroup] | None:
     Raises:
         UnsupportedError: where there is none yet (`overlap_with_ddp`).
     """
-    if not callable(getattr(target, "consolidate_state_dict", None)):
+    group = ranks_of(target)
+    if group is None:
         return None
     inner = getattr(target, "optim", None)
     if not isinstance(inner, Optimizer):
@@ -31,8 +32,15 @@ def share_of(target: Any) -> tuple[Optimizer, ProcessGroup] | None:
             f"{type(target).__name__} has no optimizer of its own share yet; wanted it built with "
             "overlap_with_ddp=False, whose optimizer steps once the gradients are there"
         )
-    group: ProcessGroup = target.process_group if hasattr(target, "process_group") else target.group
     return inner, group
+
+
+def ranks_of(target: Any) -> ProcessGroup | None:
+    """The ranks over which `target` shares its parameters out; None for any other optimizer."""
+    if not callable(getattr(target, "consolidate_state_dict", None)):
+        return None
+    group: ProcessGroup = target.process_group if hasattr(target, "process_group") else target.group
+    return group
 
 
 def names_of(wholes: Sequence[Optimizer]) -> tuple[dict[Tensor, str], bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -31,7 +32,7 @@ from sharded_spd.engines.dtensor import (
     whole_slice,
 )
 from sharded_spd.engines.fairscale import BucketWatch
-from sharded_spd.engines.model import ModelView, is_flat, view_model
+from sharded_spd.engines.model import ModelView, is_flat, view_model, wrapper_groups
 from sharded_spd.engines.partitioned import names_of
 from sharded_spd.engines.parts import Part, gather_whole, take_part
 from sharded_spd.errors import BindingError, UnsupportedError
@@ -90,13 +91,20 @@ class ParameterAdapter:
         self._buckets = BucketWatch()
         self._view = ModelView()
         self._model: Callable[[], Module | None] = lambda: None
-        self._look_at(model)
+        self.take_model(model)
+        with suppress(Exception):  # layout() looks again, and then all ranks raise it
+            self._look()
 
-    def _look_at(self, model: Module | None) -> None:
-        model = self._model() if model is None else model
+    def take_model(self, model: Module | None) -> None:
+        """See `EngineAdapter`."""
+        if model is not None:
+            self._model = weakref.ref(model)
+
+    def _look(self) -> None:
+        model = self._model()
         if model is None:
             return
-        self._model, self._view = weakref.ref(model), view_model(model)
+        self._view = view_model(model)
         self._replicas = self._view.replicas or self._replicas
         self.names = dict(self._view.names)
 
@@ -107,9 +115,14 @@ class ParameterAdapter:
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
-        """The groups of all axes of the layers' meshes, replicated ones too, DDP's, and `everywhere`."""
-        others = [g for g in (self._replicas, self._everywhere) if g is not None]
-        return list(dict.fromkeys(_one_per_ranks([*self._groups, *others]).values()))
+        """The groups of all axes of the layers' meshes, replicated ones too, DDP's, and `everywhere`.
+
+        Told by the parameters and the model's wrappers as they are now: the ranks have to agree on what comes
+        of a layout before there is one.
+        """
+        params = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        others = [g for g in (*self._groups, self._replicas, self._everywhere) if g is not None]
+        return known_groups(params, self._model(), others)
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
@@ -118,7 +131,8 @@ class ParameterAdapter:
             UnsupportedError: for a parameter that cannot be projected.
             BindingError: for two parameters under one name, or one that the model does not have.
         """
-        self._look_at(model)
+        self.take_model(model)
+        self._look()
         parts: dict[Tensor, Part] = {}
         pieces: dict[str, tuple[ShardSlice, Part]] = {}
         params: dict[str, Tensor] = {}
@@ -306,6 +320,17 @@ class ParameterAdapter:
         """This rank's shard of what `export` gave."""
         piece, part = self._pieces[fqn]
         return take_part(saved, piece) if part.flat else local_tensor(saved).reshape(-1)
+
+
+def known_groups(
+    params: Iterable[Tensor], model: Module | None, others: Sequence[ProcessGroup] = ()
+) -> list[ProcessGroup]:
+    """The groups that parameters and a model's wrappers tell of, one for each set of ranks, and `others`."""
+    params = [*params, *(() if model is None else model.parameters())]
+    meshes = {p.device_mesh: p for p in params if isinstance(p, DTensor)}
+    groups = [group for param in meshes.values() for group in mesh_groups(param)]
+    groups += [] if model is None else wrapper_groups(model)
+    return list(dict.fromkeys(_one_per_ranks([*groups, *others]).values()))
 
 
 def _one_per_ranks(groups: Iterable[ProcessGroup]) -> dict[ProcessGroup, ProcessGroup]:
