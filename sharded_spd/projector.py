@@ -21,7 +21,7 @@ from sharded_spd.carry import export_layers, move_layers, restore_layers, statef
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.layout import BoundShard
-from sharded_spd.monitor import Monitor, measure_deviation
+from sharded_spd.monitor import Monitor, is_first, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
 from sharded_spd.step import Step
@@ -57,7 +57,6 @@ class Projector:
         self._calls: dict[Optimizer, list[Plan]] = {}
         self._turns: dict[Optimizer, int] = {}
         self._stateful = False
-        self._moved = False
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
         self._handles: list[RemovableHandle] = []
@@ -151,6 +150,7 @@ class Projector:
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
+        agree(partial(self._monitor.open, is_first(groups)), groups)
         old, renamed = self._binding, layout.renamed
         shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
@@ -308,15 +308,12 @@ class Projector:
         with step.trying():
             step.add_after()
         self._waiting.append(step)
-        self._moved |= step.moves
         last = self._adapter.boundary(optimizer)
         # Without a scope there is nothing to be reduced, and so nothing to wait for.
         if last or not self._together or not self._binding.layout.scopes:
             self._project()
         if last:
             self._turns.clear()
-        if last and self._moved:
-            self._moved = False
             self._monitor.step(list(self._plans.values()), self._require().norms)
 
     def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
@@ -361,6 +358,8 @@ class Projector:
             evidence = [found for step in steps if (found := step.evidence()) is not None]
             self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
+            for step in steps:
+                self._monitor.note(step.moves, step.skipped)
         except Exception:
             self._turns.clear()
             raise

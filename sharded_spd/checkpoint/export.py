@@ -226,13 +226,13 @@ def wholes(model: Module, *, ranks: Ranks | None = None) -> list[Whole]:
             if seen.setdefault(memory, name) != name:
                 repeated[name] = None
     # A rank that holds nothing of a tensor cannot tell.
-    repeated = ranks.union(repeated)
+    names = ranks.union(repeated)
     described = [(n, t.dtype, tuple(t.size())) for n, t in state.items() if hasattr(t, "dtype")]
     ranks.compare(tensors=described)
     return [
         Whole(Entry(name, tensor.dtype, tuple(tensor.size())), partial(_gather, tensor))
         for name, tensor in state.items()
-        if name not in repeated and isinstance(tensor, (Tensor, ShardedTensor))
+        if name not in names and isinstance(tensor, (Tensor, ShardedTensor))
     ]
 
 

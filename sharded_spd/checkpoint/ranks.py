@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_spd import errors
-from sharded_spd.agree import agree, union
+from sharded_spd.agree import agree, flood
 from sharded_spd.errors import CheckpointError
 
 T = TypeVar("T")
@@ -61,12 +61,9 @@ class Ranks:
 
         return agree(in_kind, self.groups)
 
-    def union(self, own: Mapping[str, T]) -> dict[str, T]:
-        """The entries of all ranks."""
-        found = dict(own)
-        for group in [*self.groups, *reversed(self.groups[:-1])]:  # forth and back, as `agree` does
-            found = union(found, group)
-        return found
+    def union(self, own: Iterable[str]) -> set[str]:
+        """The names of all ranks."""
+        return {name for (name,) in flood([(name,) for name in own], self.groups)}
 
     def compare(self, **facts: object) -> None:
         """Raise on every rank where one of `facts` is not the same on all of them.
@@ -74,8 +71,12 @@ class Ranks:
         Raises:
             CheckpointError: it names the fact, and two ranks with what they have.
         """
-        theirs = self.union({_own_rank(): {name: _digest(value) for name, value in facts.items()}})
-        agree(partial(_raise_difference, theirs), self.groups)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        entries = flood([(rank, name, *_digest(value)) for name, value in facts.items()], self.groups)
+        found: dict[int, dict[str, tuple[str, str]]] = {}
+        for other, name, digest, text in entries:
+            found.setdefault(other, {})[name] = (digest, text)
+        agree(partial(_raise_difference, found, list(facts)), self.groups)
 
     def shared(self, action: Callable[[], T], what: str) -> T:
         """What `action`, which does `what`, gives on the first rank, on all of them."""
@@ -112,21 +113,16 @@ def _groups_in(model: Module) -> Iterable[ProcessGroup]:
                 yield from (mesh.get_group(axis) for axis in range(mesh.ndim))
 
 
-def _raise_difference(facts: Mapping[str, Mapping[str, tuple[str, str]]]) -> None:
+def _raise_difference(facts: Mapping[int, Mapping[str, tuple[str, str]]], order: Sequence[str]) -> None:
     (one, known), *others = sorted(facts.items())
     for other, found in others:
-        for name in [*known, *(name for name in found if name not in known)]:
+        for name in [*order, *(name for name in found if name not in order)]:
             here, there = known.get(name, _NOTHING), found.get(name, _NOTHING)
             if here != there:
                 raise CheckpointError(
-                    f"{name}: the ranks differ: rank {int(one)} has {here[1]}, rank {int(other)} has "
+                    f"{name}: the ranks differ: rank {one} has {here[1]}, rank {other} has "
                     f"{there[1]}; wanted the same call with the same arguments on all ranks"
                 )
-
-
-def _own_rank() -> str:
-    """With leading zeros, so that it is sorted as a number."""
-    return f"{dist.get_rank() if dist.is_initialized() else 0:09d}"
 
 
 def _digest(value: object) -> tuple[str, str]:
