@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sharded_spd import warn
-from sharded_spd.agree import flood
+from sharded_spd.agree import flood, union
 from sharded_spd.binding import Binding, flat
 from sharded_spd.errors import ConfigError
 from sharded_spd.hostvec import LateScalar
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan
 from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
-from sharded_spd.telemetry import JsonLines, summarize
+from sharded_spd.telemetry import JsonLines, numbers_of, summarize
 
 
 class Monitor:
@@ -78,8 +78,10 @@ class Monitor:
                 self._unwritten = True
                 warn.about_telemetry(self._path, error)
 
-    def metrics(self, plans: Sequence[Plan], norms: Mapping[str, float]) -> dict[str, Any]:
-        """Numbers of the last engine step; waits for the device."""
+    def metrics(
+        self, plans: Sequence[Plan], norms: Mapping[str, float], ranks: ProcessGroup | None = None
+    ) -> dict[str, Any]:
+        """Numbers of the last engine step, of the layers of all `ranks` together; waits for the device."""
         reports = [
             (part.fqns, plan.reports[p])
             for plan in plans
@@ -87,7 +89,7 @@ class Monitor:
             if p in plan.reports and part.rule.spec.anchored
         ]
         frozen = {fqn for plan in plans for fqn in plan.frozen}
-        return {"step": self.num_steps, **summarize(reports, norms, frozen)}
+        return {"step": self.num_steps, **summarize(union(numbers_of(reports, norms, frozen), ranks))}
 
     def _watch(self, plans: Sequence[Plan]) -> None:
         """Warn once of a pull beyond 1; on a GPU some steps late rather than wait for it."""

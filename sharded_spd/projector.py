@@ -471,13 +471,17 @@ class Projector:
         self._binding = None
         self._detached = True
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, *, gather: bool = False) -> dict[str, Any]:
         """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
 
-        Waits for the device. Empty of layers before the first step.
+        Of the layers that this rank steps and that are not frozen: all of the model's, the same under every
+        engine, but where ranks have layers of their own (an optimizer that shares the parameters out,
+        experts). There `gather` gives them all, and is collective. Waits for the device. Empty of layers
+        before the first step.
         """
         norms = self._binding.norms if self._binding is not None else {}
-        return self._monitor.metrics(list(self._plans.values()), norms)
+        ranks = self._binding.layout.everywhere if gather and self._binding is not None else None
+        return self._monitor.metrics(list(self._plans.values()), norms, ranks)
 
     def deviation(self) -> dict[str, tuple[float, float]]:
         """|w - w0| and |w0| of every projected layer, now, also of those that only other ranks have.

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 
-def summarize(
+def numbers_of(
     reports: Sequence[tuple[Sequence[str], Mapping[str, Tensor]]],
     norms: Mapping[str, float],
     frozen: Set[str] = frozenset(),
-) -> dict[str, Any]:
-    """Numbers per layer and of the whole model from the reports of one step; waits for the device once.
+) -> dict[str, dict[str, float]]:
+    """Each layer's numbers from the reports of one step; waits for the device once.
 
     Args:
         reports: for each rule, its layers' FQNs and `[num_layers]` tensors: "s" (NaN: the rule has none per
@@ -37,13 +37,20 @@ def summarize(
         for name in report:
             for fqn in fqns:
                 layers.setdefault(fqn, {})[name] = next(numbers)
-    for fqn in frozen:
-        layers.pop(fqn, None)
+    for fqn, own in layers.items():
+        own["norm"] = norms.get(fqn, 0.0)
+    return {fqn: own for fqn, own in layers.items() if fqn not in frozen}
+
+
+def summarize(numbers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What `numbers_of` gave, of one rank or of several together, and the same of the whole model."""
+    layers = {fqn: dict(own) for fqn, own in numbers.items()}
     nonfinite = [fqn for fqn, own in layers.items() if own.pop("nonfinite", 0.0)]
+    norms = {fqn: own.pop("norm") for fqn, own in layers.items()}
     for fqn, own in layers.items():
         if math.isnan(own.get("deviation", 0.0)):  # it did not step
             del own["deviation"]
-        if "deviation" in own and norms.get(fqn, 0.0) > 0:
+        if "deviation" in own and norms[fqn] > 0:
             own["deviation_rel"] = own["deviation"] / norms[fqn]
         if math.isnan(own["s"]):
             del own["s"]
@@ -58,7 +65,7 @@ def summarize(
     deviations = [own["deviation"] for own in layers.values() if "deviation" in own]
     if deviations:
         summary["deviation"] = math.sqrt(sum(d * d for d in deviations))
-        total = math.sqrt(sum(norms.get(fqn, 0.0) ** 2 for fqn, own in layers.items() if "deviation" in own))
+        total = math.sqrt(sum(norms[fqn] ** 2 for fqn, own in layers.items() if "deviation" in own))
         if total > 0:
             summary["deviation_rel"] = summary["deviation"] / total
     return {**summary, "layers": layers}
