@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, check_same, union
+from sharded_spd.agree import agree, anywhere, check_same, union
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
 from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
@@ -141,10 +141,12 @@ class Projector:
 
     def _bind(self, model: Module | None, *, required: bool) -> None:
         self._adapter.take_model(model)
-        layout = agree(self._adapter.layout, self._adapter.agreement_groups)
-        if layout is None and not required:
+        groups = self._adapter.agreement_groups
+        layout = agree(self._adapter.layout, groups)
+        empty = anywhere(layout is None, groups)
+        if empty and not required:
             return
-        if layout is None:
+        if layout is None or empty:
             raise BindingError(
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
                 "model, load the pre-trained weights, and then call bind()"
@@ -152,7 +154,7 @@ class Projector:
         groups = self._adapter.agreement_groups
         agree(partial(self._monitor.open, is_first(groups)), groups)
         old, renamed = self._binding, layout.renamed
-        shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
+        shards = agree(self._shards, groups)
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
         theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
         layout = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
@@ -180,6 +182,9 @@ class Projector:
         else:
             vouch.check_unchanged(self._binding, binding, renamed)
             binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
+
+    def _shards(self) -> list[BoundShard]:
+        return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
 
     def _make_plans(self, old: Sequence[Plan], renamed: Mapping[str, str]) -> None:
         self._calls = {
@@ -490,9 +495,7 @@ class Projector:
         """
         self._catch_up()
         binding, groups = self._require(), self._adapter.agreement_groups
-        shards = agree(
-            lambda: [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)], groups
-        )
+        shards = agree(self._shards, groups)
         agree(binding.check_files, groups)
         return union(measure_deviation(binding, shards), binding.layout.everywhere)
 
@@ -523,18 +526,22 @@ class Projector:
             return
         own = self._binding.fingerprint
 
-        def load() -> None:
-            vouch.check_saved(state_dict.get("fingerprint", ""), own)
-            self._restore(state_dict)
-
-        agree(load, self._adapter.agreement_groups)
+        groups = self._adapter.agreement_groups
+        agree(lambda: vouch.check_saved(state_dict.get("fingerprint", ""), own), groups)
+        self._restore(state_dict)
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
-        if state_dict.get("num_steps", 0):
+        groups = self._adapter.agreement_groups
+        # The count of one rank may be another: it decides what the guard sends.
+        if anywhere(bool(state_dict.get("num_steps", 0)), groups):
             self._require().unverified.fresh.clear()
             self._require().found.away.clear()
-        restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
+
+        def restore() -> None:
+            self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
+            restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
+
+        agree(restore, groups)
 
     def export_anchors(self) -> dict[str, HeldAnchor]:
         """This rank's shards of the anchors, for a copy of the optimizer in another place."""
