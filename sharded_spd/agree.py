@@ -52,7 +52,7 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
 
 def anywhere(flag: bool, groups: Sequence[ProcessGroup]) -> bool:
     """Whether `flag` is set on any rank that `groups` connect."""
-    return bool(_flood([(dist.get_rank(), "", "")] if flag and groups else [], groups)) or flag
+    return bool(flood([(dist.get_rank(), "", "")] if flag and groups else [], groups)) or flag
 
 
 def told_of(failure: Exception | None) -> list[Failure]:
