@@ -21,7 +21,7 @@ from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.kernels import backend_names
 from sharded_spd.layout import BoundShard
-from sharded_spd.monitor import Monitor, measure_deviation
+from sharded_spd.monitor import Monitor, is_first, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
 from sharded_spd.step import Step
@@ -65,7 +65,6 @@ class Projector:
         self._calls: dict[Optimizer, list[Plan]] = {}
         self._turns: dict[Optimizer, int] = {}
         self._stateful = False
-        self._moved = False
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
         self._handles: list[Removable] = []
@@ -175,6 +174,7 @@ class Projector:
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
+        agree(partial(self._monitor.open, is_first(groups)), groups)
         old, renamed = self._binding, layout.renamed
         shards = agree(self._shards, groups)
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
@@ -352,15 +352,12 @@ class Projector:
         with step.trying():
             step.add_after()
         self._waiting.append(step)
-        self._moved |= step.moves
         last = self._adapter.boundary(optimizer)
         # Without a scope there is nothing to be reduced, and so nothing to wait for.
         if last or not self._together or not self._binding.layout.scopes:
             self._project()
         if last:
             self._turns.clear()
-        if last and self._moved:
-            self._moved = False
             self._monitor.step(list(self._plans.values()), self._require().norms)
 
     def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
@@ -405,6 +402,8 @@ class Projector:
             evidence = [found for step in steps if (found := step.evidence()) is not None]
             self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
+            for step in steps:
+                self._monitor.note(step.moves, step.skipped)
         except Exception:
             self._turns.clear()
             raise
@@ -516,13 +515,17 @@ class Projector:
         self._binding = None
         self._detached = True
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, *, gather: bool = False) -> dict[str, Any]:
         """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
 
-        Waits for the device. Empty of layers before the first step.
+        Of the layers that this rank steps and that are not frozen: all of the model's, the same under every
+        engine, but where ranks have layers of their own (an optimizer that shares the parameters out,
+        experts). There `gather` gives them all, and is collective. Waits for the device. Empty of layers
+        before the first step.
         """
         norms = self._binding.norms if self._binding is not None else {}
-        return self._monitor.metrics(list(self._plans.values()), norms)
+        ranks = self._binding.layout.everywhere if gather and self._binding is not None else None
+        return self._monitor.metrics(list(self._plans.values()), norms, ranks)
 
     def deviation(self) -> dict[str, tuple[float, float]]:
         """|w - w0| and |w0| of every projected layer, now, also of those that only other ranks have.

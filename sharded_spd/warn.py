@@ -21,6 +21,15 @@ def about_excess(pull: float) -> None:
     )
 
 
+def about_telemetry(path: str | None, error: OSError) -> None:
+    """A line that could not be written."""
+    warnings.warn(
+        f"telemetry.path: {path} cannot be written ({error.strerror or error}): its lines are lost until it "
+        "can; training goes on",
+        stacklevel=2,
+    )
+
+
 def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
     """A run that does not begin at its anchor, said at its first step; `shards` are those that step.
 

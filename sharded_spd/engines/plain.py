@@ -255,6 +255,7 @@ class ParameterAdapter:
             shard.tensor = local = local_tensor(local) if isinstance(local, DTensor) else local
             if local.numel() != part.numel or (part.numel and local.data_ptr() == 0):
                 self._raise_moved(param, local, part)
+            shard.requires_grad = param.requires_grad
             shard.grad = self._grad(param, part) if grads and param.grad is not None else None
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
         for name, param in lineup.alone if grads else ():
