@@ -24,6 +24,7 @@ from sharded_spd.layout import BoundShard
 from sharded_spd.monitor import Monitor, is_first, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
+from sharded_spd.stats import sum_over_scopes_
 from sharded_spd.step import Step
 from sharded_spd.unbound import check_unbound
 from sharded_spd.verdict import Evidence, Verdict
@@ -83,6 +84,11 @@ class Projector:
     def num_steps(self) -> int:
         """Engine steps in which something moved."""
         return self._monitor.num_steps
+
+    @property
+    def meets(self) -> bool:
+        """Whether ranks sum over each other in a step."""
+        return self._binding is not None and bool(self._binding.layout.scopes)
 
     @property
     def attached(self) -> bool:
@@ -445,6 +451,8 @@ class Projector:
                 return
             self._verdicts.append(verdict)
         if failure is not None:
+            if not heard and self.meets:  # told in the next reduction
+                self._failure = failure
             raise failure
 
     def _read(self, verdict: Verdict, failure: Exception | None = None, settings: Any = None) -> None:
@@ -534,9 +542,10 @@ class Projector:
         """
         self._catch_up()
         binding, groups = self._require(), self._adapter.agreement_groups
-        shards = agree(self._shards, groups)
-        agree(binding.check_files, groups)
-        return union(measure_deviation(binding, shards), binding.layout.everywhere)
+        fqns, sums = agree(lambda: measure_deviation(binding, self._shards()), groups)
+        sum_over_scopes_(sums, fqns, binding.layout.scopes)
+        own = {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
+        return union(own, binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors.
