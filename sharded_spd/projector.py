@@ -53,6 +53,7 @@ class Projector:
         together: bool = False,
         telemetry_every: int = 0,
         telemetry_path: str | None = None,
+        foreign: bool = False,
     ) -> None:
         self._adapter = adapter
         self._resolve = resolve
@@ -61,6 +62,7 @@ class Projector:
         self._rosters: dict[tuple[str, ...], Roster] = {}
         self._steps: dict[Optimizer, Step] = {}
         self._together = together
+        self._foreign = foreign
         self._waiting: list[Step] = []
         self._verdicts: list[Verdict] = []
         self._calls: dict[Optimizer, list[Plan]] = {}
@@ -191,6 +193,9 @@ class Projector:
         held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)
+        binding.unverified.foreign = self._foreign
+        if old is not None:
+            binding.unverified.stepped = {renamed.get(fqn, fqn) for fqn in old.unverified.stepped}
         agree(lambda: self._vouch(binding, renamed), groups)
         pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
         devices = {shard.tensor.device.type for shard in pulled}

@@ -283,7 +283,9 @@ class ParameterAdapter:
                     self._raise_unknown(optimizer, group, g, i)
                     continue
                 owner = param if part.local is None else None
-                shard = BoundShard(param, None, part.slices, group, param.requires_grad, owner=owner)
+                shard = BoundShard(
+                    param, None, part.slices, group, param.requires_grad, owner=owner, key=param
+                )
                 rows.append((shard, param, part))
         return _Lineup(rows, alone, [(group, list(group["params"])) for group in optimizer.param_groups])
 
