@@ -99,7 +99,7 @@ class AdamSPD(Adam):
                 fused=fused,
             )
 
-        agree(construct, known_groups(_tensors_in(params), model))
+        agree(construct, known_groups(_tensors_in(params), model, with_replicas=True))
         self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=self._deferred)
         self._after_bind()
 

@@ -49,6 +49,11 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
     return result[0]
 
 
+def anywhere(flag: bool, groups: Sequence[ProcessGroup]) -> bool:
+    """Whether `flag` is set on any rank that `groups` connect."""
+    return bool(_flood([(dist.get_rank(), "", "")] if flag and groups else [], groups)) or flag
+
+
 def told_of(failure: Exception | None) -> list[Failure]:
     """What a rank tells the others of its failure."""
     if failure is None:

@@ -75,7 +75,7 @@ def _ranks_of(targets: Sequence[Any], model: Any) -> Sequence[ProcessGroup]:
     seen = [found for target in targets if isinstance(found := _innermost(target), Optimizer)]
     params = [p for optimizer in seen for group in optimizer.param_groups for p in group["params"]]
     shares = [group for optimizer in seen if (group := ranks_of(optimizer)) is not None]
-    return known_groups(params, model if isinstance(model, Module) else None, shares)
+    return known_groups(params, model if isinstance(model, Module) else None, shares, with_replicas=True)
 
 
 def _adapter_of(targets: Sequence[Any], model: Module | None) -> EngineAdapter:

@@ -37,6 +37,26 @@ class HostVector:
         return self._vector
 
 
+class LateCopy:
+    """A copy of a tensor on the host, of which nobody has to wait before it is asked for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._copy = tensor.clone()
+
+    def wait(self) -> Tensor:
+        """The copy, once it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy
+
+
 class LateScalar:
     """A number that is computed on the device now and read on the host later, without waiting for it."""
 

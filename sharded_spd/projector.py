@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, check_same, union
+from sharded_spd.agree import agree, anywhere, check_same, union
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
 from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
@@ -142,17 +142,19 @@ class Projector:
 
     def _bind(self, model: Module | None, *, required: bool) -> None:
         self._adapter.take_model(model)
-        layout = agree(self._adapter.layout, self._adapter.agreement_groups)
-        if layout is None and not required:
+        groups = self._adapter.agreement_groups
+        layout = agree(self._adapter.layout, groups)
+        empty = anywhere(layout is None, groups)
+        if empty and not required:
             return
-        if layout is None:
+        if layout is None or empty:
             raise BindingError(
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
         old, renamed = self._binding, layout.renamed
-        shards = [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
+        shards = agree(self._shards, groups)
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
         theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
         layout = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
@@ -180,6 +182,9 @@ class Projector:
         else:
             vouch.check_unchanged(self._binding, binding, renamed)
             binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
+
+    def _shards(self) -> list[BoundShard]:
+        return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
 
     def _make_plans(self, old: Sequence[Plan], renamed: Mapping[str, str]) -> None:
         self._calls = {
@@ -336,7 +341,7 @@ class Projector:
             self._finish_with(step)
         raise step.failure or error
 
-    def _finish_with(self, *broken: Step) -> None:
+    def _finish_with(self, *broken: Step, now: bool = False) -> None:
         """Reduce what waits with `broken`, and what the other ranks have stepped by the time they reduce."""
         self._waiting += broken
         if self._together:
@@ -351,14 +356,15 @@ class Projector:
                 step = Step(plan, self._require(), optimizer)
                 step.fail(BindingError("this rank ended its step early"), absent=True)
                 self._waiting.append(step)
-        self._project()
+        self._project(now=now)
 
-    def _project(self) -> None:
+    def _project(self, *, now: bool = False) -> None:
         """Settle the inner steps that wait, by one reduction."""
         steps, self._waiting = self._waiting, []
         try:
             heard = reduce_together_([step.reduction() for step in steps])
-            self._hear(heard, [e for step in steps if (e := step.evidence()) is not None], steps)
+            evidence = [found for step in steps if (found := step.evidence()) is not None]
+            self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
         except Exception:
             self._turns.clear()
@@ -379,8 +385,15 @@ class Projector:
                 self._failure = error
             raise
 
-    def _hear(self, heard: Sequence[Heard], evidence: Sequence[Evidence], steps: Sequence[Step]) -> None:
-        """Raise what any rank has said; on a GPU when the next step begins."""
+    def _hear(
+        self,
+        heard: Sequence[Heard],
+        evidence: Sequence[Evidence],
+        steps: Sequence[Step],
+        *,
+        now: bool = False,
+    ) -> None:
+        """Raise what any rank has said; on a GPU when the next step begins, unless it has to be `now`."""
         failures = sorted((step for step in steps if step.failure is not None), key=lambda step: step.absent)
         if not heard and not evidence and not failures:
             return
@@ -389,7 +402,7 @@ class Projector:
         captured = bool(told) and told[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if told and not captured:
             verdict = Verdict(heard, evidence, self._require().unverified)
-            if not verdict.late:
+            if now or not verdict.late:
                 self._read(verdict, failure, {k: v for step in steps for k, v in step.settings.items()})
                 return
             self._verdicts.append(verdict)
@@ -422,7 +435,7 @@ class Projector:
                     step.fail(BindingError(f"{type(step.optimizer).__name__} {text}"), absent=True)
             broken = [step for step in broken if step.meets]
         if broken:
-            self._finish_with(*broken)
+            self._finish_with(*broken, now=True)
         # Of an optimizer that is called several times in an engine step, another part is to step.
         again = len(self._calls.get(optimizer, ())) == 1 if optimizer is not None else True
         if again and any(optimizer in (None, step.optimizer) for step in self._waiting):
@@ -439,11 +452,11 @@ class Projector:
             return
         step.fail(BindingError(f"{what}, and another rank took a step; do it on every rank"), absent=True)
         if step.starts:
-            self._hear(reduce_together_([step.early_reduction()]), [], [step])
+            self._hear(reduce_together_([step.early_reduction()]), [], [step], now=True)
         elif self._together:
-            self._finish_with(step)
+            self._finish_with(step, now=True)
         else:
-            self._hear(reduce_together_([step.reduction()]), [], [step])
+            self._hear(reduce_together_([step.reduction()]), [], [step], now=True)
 
     def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
         """Own the handles of the hooks that call this projector, for `detach`."""
@@ -479,9 +492,7 @@ class Projector:
         """
         self._catch_up()
         binding, groups = self._require(), self._adapter.agreement_groups
-        shards = agree(
-            lambda: [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)], groups
-        )
+        shards = agree(self._shards, groups)
         agree(binding.check_files, groups)
         return union(measure_deviation(binding, shards), binding.layout.everywhere)
 
@@ -512,18 +523,22 @@ class Projector:
             return
         own = self._binding.fingerprint
 
-        def load() -> None:
-            vouch.check_saved(state_dict.get("fingerprint", ""), own)
-            self._restore(state_dict)
-
-        agree(load, self._adapter.agreement_groups)
+        groups = self._adapter.agreement_groups
+        agree(lambda: vouch.check_saved(state_dict.get("fingerprint", ""), own), groups)
+        self._restore(state_dict)
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
-        if state_dict.get("num_steps", 0):
+        groups = self._adapter.agreement_groups
+        # The count of one rank may be another: it decides what the guard sends.
+        if anywhere(bool(state_dict.get("num_steps", 0)), groups):
             self._require().unverified.fresh.clear()
             self._require().found.away.clear()
-        restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
+
+        def restore() -> None:
+            self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
+            restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
+
+        agree(restore, groups)
 
     def export_anchors(self) -> dict[str, HeldAnchor]:
         """This rank's shards of the anchors, for a copy of the optimizer in another place."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from sharded_spd.agree import Failure, raise_first, told_of
 from sharded_spd.errors import BindingError, ConfigError
 from sharded_spd.guard import HAS_STATE, MOVED, Unverified
+from sharded_spd.hostvec import LateCopy
 from sharded_spd.plan import ABSENT, Heard
 
 _NUM_GUARD = 1 + max(HAS_STATE, MOVED)
@@ -35,27 +36,24 @@ class Evidence:
     rows: Tensor
 
 
+def comes_late(numbers: Tensor) -> bool:
+    """Whether the host would have to wait for them."""
+    return numbers.is_cuda
+
+
 class Verdict:
     """Read at once where the sums are in host memory; on a GPU when the next step begins, without waiting.
 
-    On a GPU a rank's own failure is raised by that rank alone, and by the others when they read.
+    On a GPU nothing more is told than that a rank failed: it raises by itself, the others when they read.
     """
 
     def __init__(self, heard: Sequence[Heard], evidence: Sequence[Evidence], unverified: Unverified) -> None:
         self._heard, self._evidence, self._unverified = heard, evidence, unverified
         told = [h.words for h in heard] + [e.rows.reshape(-1) for e in evidence]
-        self._numbers = torch.cat([t.to(told[0].device) for t in told])
-        self._event: torch.cuda.Event | None = None
-        if self._numbers.is_cuda:
-            pinned = torch.empty(self._numbers.shape, dtype=self._numbers.dtype, pin_memory=True)
-            self._numbers = pinned.copy_(self._numbers, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    @property
-    def late(self) -> bool:
+        numbers = torch.cat([t.to(told[0].device) for t in told])
+        self.late = comes_late(numbers)
         """Whether the numbers are still on their way."""
-        return self._event is not None
+        self._numbers: Tensor | LateCopy = LateCopy(numbers) if self.late else numbers
 
     def read(self, failure: Exception | None = None, settings: Mapping[str, Any] | None = None) -> None:
         """Raise what is wrong, on every rank that hears of it.
@@ -69,9 +67,8 @@ class Verdict:
             ConfigError: where the settings of the step differ.
             The rank's own exception; on the other ranks one of the same kind that names the failing rank.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        words, rest = self._numbers[: 2 * len(self._heard)].view(-1, 2).tolist(), self._numbers
+        numbers = self._numbers.wait() if isinstance(self._numbers, LateCopy) else self._numbers
+        words, rest = numbers[: 2 * len(self._heard)].view(-1, 2).tolist(), numbers[2 * len(self._heard) :]
         if self._all_absent(words):
             return
         wrong = [
@@ -80,14 +77,14 @@ class Verdict:
             if trouble or checksum != heard.group.size() * heard.own
         ]
         if wrong and self.late:
-            raise BindingError(
+            raise failure or BindingError(
                 "another rank failed in the step before this one, or has other settings; its message says why"
             )
         if wrong:
             _raise_together(failure, settings or {}, wrong)
         if failure is not None:
             raise failure
-        begin = 2 * len(self._heard)
+        begin = 0
         for e in self._evidence:
             rows = rest[begin : begin + e.rows.numel()].view(e.rows.shape)
             begin += e.rows.numel()

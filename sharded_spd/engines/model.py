@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +66,22 @@ def wrapper_groups(model: Module) -> list[ProcessGroup]:
     for module in (*fsdp1_units(model), *fairscale_units(model)):
         found += [getattr(module, name, None) for name in ("process_group", "_inter_node_pg")]
     return [group for group in dict.fromkeys(found) if group is not None and group.size() > 1]
+
+
+def replicas_of(params: Iterable[Tensor]) -> ProcessGroup | None:
+    """The ranks over which a DistributedDataParallel copies `params`; None if none is found that does.
+
+    A wrapper leaves no trace on its parameters, and an optimizer is made of these alone.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    own = set(params)
+    if not own or any(isinstance(p, DTensor) for p in own):
+        return None
+    # By type(), since isinstance asks proxies, whose object may be gone.
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    found = next((w for w in wrappers if not own.isdisjoint(w.parameters())), None)
+    return None if found is None else found.process_group
 
 
 def _in_order(raw: Sequence[str], by_raw: Mapping[str, str], model: Module) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from sharded_spd.engines.dtensor import (
     whole_slice,
 )
 from sharded_spd.engines.fairscale import BucketWatch
-from sharded_spd.engines.model import ModelView, is_flat, view_model, wrapper_groups
+from sharded_spd.engines.model import ModelView, is_flat, replicas_of, view_model, wrapper_groups
 from sharded_spd.engines.partitioned import names_of
 from sharded_spd.engines.parts import Part, gather_whole, take_part
 from sharded_spd.errors import BindingError, UnsupportedError
@@ -99,6 +99,12 @@ class ParameterAdapter:
         """See `EngineAdapter`."""
         if model is not None:
             self._model = weakref.ref(model)
+        self._replicas = self._replicas or replicas_of(self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        """The optimizers'; none of one that is not constructed yet."""
+        groups = [group for o in self.optimizers for group in getattr(o, "param_groups", ())]
+        return [param for group in groups for param in group["params"]]
 
     def _look(self) -> None:
         model = self._model()
@@ -120,9 +126,8 @@ class ParameterAdapter:
         Told by the parameters and the model's wrappers as they are now: the ranks have to agree on what comes
         of a layout before there is one.
         """
-        params = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         others = [g for g in (*self._groups, self._replicas, self._everywhere) if g is not None]
-        return known_groups(params, self._model(), others)
+        return known_groups(self._tensors(), self._model(), others)
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
@@ -323,9 +328,18 @@ class ParameterAdapter:
 
 
 def known_groups(
-    params: Iterable[Tensor], model: Module | None, others: Sequence[ProcessGroup] = ()
+    params: Sequence[Tensor],
+    model: Module | None,
+    others: Sequence[ProcessGroup] = (),
+    *,
+    with_replicas: bool = False,
 ) -> list[ProcessGroup]:
-    """The groups that parameters and a model's wrappers tell of, one for each set of ranks, and `others`."""
+    """The groups that parameters and a model's wrappers tell of, one for each set of ranks, and `others`.
+
+    `with_replicas`: also that of a DistributedDataParallel that holds `params`, which has to be looked for.
+    """
+    replicas = replicas_of(params) if with_replicas else None
+    others = [*others, *([] if replicas is None else [replicas])]
     params = [*params, *(() if model is None else model.parameters())]
     meshes = {p.device_mesh: p for p in params if isinstance(p, DTensor)}
     groups = [group for param in meshes.values() for group in mesh_groups(param)]

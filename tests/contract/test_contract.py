@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract import anchor_cases, cases, precision_cases
+from tests.contract import anchor_cases, cases, precision_cases, step_cases
 from tests.support.launch import Task
 from tests.support.training import FORMS
 
@@ -78,6 +78,13 @@ def _all() -> Iterator[Task]:
         yield from _tasks(pairs, function, FORMS)
     yield from _tasks(pairs, anchor_cases.expected_fingerprint)
     yield from _tasks((("zero_redundancy", 2),), anchor_cases.expected_fingerprint_of_a_layer_of_one_rank)
+    for rule in ("spd", "l2sp", "ftp", "digrap"):
+        yield from _tasks((("fsdp2", 2), ("tp", 2)), step_cases.deferred_optimizer_steps_twice, rule=rule)
+    for function in (step_cases.base_that_raises, step_cases.step_that_fails_leaves_the_next_one_whole):
+        yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("fsdp1", 2)), function)
+    yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("fsdp1", 2)), step_cases.scalars_that_differ, FORMS)
+    for function in (step_cases.group_that_one_rank_has, step_cases.failure_that_is_heard_late):
+        yield from _tasks(SHARDED, function)
     for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         yield from _tasks(
             (("single", 1), *SHARDED), precision_cases.ratio_of_a_large_layer, dtype=dtype, lr=lr
