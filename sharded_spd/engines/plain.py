@@ -7,7 +7,7 @@ do. ZeroRedundancyOptimizer and OSS: whole parameters, others on every rank. All
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import is_
@@ -35,6 +35,8 @@ from sharded_spd.engines.fairscale import BucketWatch
 from sharded_spd.engines.model import ModelView, is_flat, replicas_of, view_model, wrapper_groups
 from sharded_spd.engines.partitioned import names_of
 from sharded_spd.engines.parts import Part, gather_whole, take_part
+from sharded_spd.engines.replaced import check_replaced
+from sharded_spd.engines.stages import is_stage
 from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
@@ -85,6 +87,7 @@ class ParameterAdapter:
         self._groups: Sequence[ProcessGroup] = ()
         self._stepped: set[Optimizer] = set()
         self._lineups: dict[Optimizer, _Lineup] = {}
+        self._idle: dict[Optimizer, bool] = {}
         self._replicas = group
         self._wholes, self._everywhere = tuple(wholes), everywhere
         self._num_groups: list[int] = []
@@ -142,9 +145,13 @@ class ParameterAdapter:
         pieces: dict[str, tuple[ShardSlice, Part]] = {}
         params: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        strangers: dict[Tensor, Sequence[str]] = {}
         named, boxes = True, Boxes()
         for fqn, param, own_name in self._walk():
+            if own_name and param not in self._view.names and param not in self._view.parts:
+                strangers[param] = (fqn,)
             if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
+                self._check_replaced(strangers)
                 return None
             part = self._part(fqn, param, boxes)
             if param in parts:
@@ -165,6 +172,7 @@ class ParameterAdapter:
                 f"the model given has none of the optimizer's {len(params)} parameters; pass the model that "
                 "they were taken from, as it was then wrapped or sharded"
             )
+        self._check_replaced(strangers, parts)
         renamed = {
             before.layer: now.layer
             for param, part in parts.items()
@@ -173,10 +181,12 @@ class ParameterAdapter:
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
         self._lineups.clear()
+        self._idle.clear()
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
         scopes, everywhere = _scopes(pieces), self._everywhere
-        return ShardLayout(tuple(params), shapes, scopes, self._view.fqns, renamed, everywhere=everywhere)
+        fqns, stage = self._view.fqns, is_stage(list(parts), self._model(), params)
+        return ShardLayout(tuple(params), shapes, scopes, fqns, renamed, everywhere=everywhere, stage=stage)
 
     def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
         if param.is_complex() or not param.is_floating_point():
@@ -218,9 +228,25 @@ class ParameterAdapter:
         """The local shard, local gradient and slice of every parameter of `optimizer`, in group order.
 
         Raises:
-            BindingError: for a parameter that `layout()` has not seen.
+            BindingError: for a parameter that `layout()` has not seen, or that the model has no more.
             UnsupportedError: for a sparse gradient.
         """
+        try:
+            return self._bind(optimizer, grads=grads)
+        except Exception:
+            if grads:
+                self._align(optimizer)
+            raise
+
+    @staticmethod
+    def _align(optimizer: Optimizer) -> None:
+        """Redistribute the gradients all the same: other ranks that have not failed wait for it."""
+        for param in (p for group in optimizer.param_groups for p in group["params"]):
+            if isinstance(param, DTensor) and param.grad is not None:
+                with suppress(Exception):
+                    aligned_grad(param)
+
+    def _bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
         for whole, known in zip(self._wholes, self._num_groups, strict=True):
             if len(whole.param_groups) != known:  # this rank may have no share of the new group
                 raise BindingError(
@@ -241,7 +267,34 @@ class ParameterAdapter:
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
         if grads:
             self._buckets.look(self._parts)
+            self._check_model(optimizer, lineup)
         return lineup.shards
+
+    def _check_model(self, optimizer: Optimizer, lineup: _Lineup) -> None:
+        """Look whether the model still has what is stepped: at the first step, and when gradients cease."""
+        idle, before = all(shard.grad is None for shard in lineup.shards), self._idle.get(optimizer)
+        self._idle[optimizer] = idle
+        model = self._model()
+        if model is None or not (before is None or (idle and not before)):
+            return
+        now = set(model.parameters())
+        lost = {
+            param: [piece.layer for piece in part.slices]
+            for shard, param, part in lineup.rows
+            if shard.grad is None and param.requires_grad and param not in now
+        }
+        if lost:
+            self._view = view_model(model)
+            self._check_replaced(lost, self._parts, type(optimizer).__name__)
+
+    def _check_replaced(
+        self,
+        lost: Mapping[Tensor, Sequence[str]],
+        bound: Collection[Tensor] = (),
+        name: str = "the optimizer",
+    ) -> None:
+        trained = {param: layers for param, layers in lost.items() if param.requires_grad}
+        check_replaced(trained, self._view, bound, name)
 
     def _line_up(self, optimizer: Optimizer) -> _Lineup:
         rows = []

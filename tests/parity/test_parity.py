@@ -14,6 +14,7 @@ from tests.parity import (
     collective_cases,
     disk_cases,
     kept_cases,
+    part_cases,
     resume_cases,
     rule_cases,
     seam_cases,
@@ -106,6 +107,9 @@ def _oracle() -> Iterator[Task]:
     yield from _cross((("single", 1), *FSDP2), cases.thawed)
     yield from _cross(REPLICATED, cases.accumulated)
     yield from _cross((*REPLICATED, ("fsdp2_tp", 4)), cases.eval_between)
+    yield from _cross((("fsdp2", 2),), part_cases.sharded_after_the_optimizer_was_built)
+    yield from _formless((("fsdp2", 2),), part_cases.maps_of_a_stage)
+    yield from _formless((("fsdp2", 2),), part_cases.maps_of_a_sharded_stage)
     for cell in FSDP2:
         yield from trainable_cases.tasks(*cell)
     for dtype in (torch.float64, torch.float32):

@@ -161,7 +161,7 @@ def tasks(engine: str, world: int) -> Iterator[Task]:
 def zero_tasks(world: int, stage: int) -> Iterator[Task]:
     """The same on a stage of ZeRO."""
     for name, form, kind, only, slow in _cells():
-        idle = kind == "trunk" or world == 4
+        idle = kind == "trunk"
         setting = Setting(stage=stage, form=form)
         options = {"setting": setting, "kind": kind, "only": only, "idle": idle}
         yield Task(f"few_trained-{stage}-{name}", "zero", world, few_trained_zero, options, slow=slow)

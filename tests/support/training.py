@@ -56,7 +56,9 @@ class Training:
         if prepare is not None:
             prepare(self.model)
         self.params = engine.named(self.model)
-        self.stepped = {n: p for n, p in self.params.items() if not set(leave_out).issuperset(engine.layers(n))}
+        self.stepped = {
+            n: p for n, p in self.params.items() if not set(leave_out).issuperset(engine.layers(n))
+        }
         self.options = {
             name: options if isinstance(options, LayerOptions) else options[name]
             for param in self.stepped
@@ -77,7 +79,9 @@ class Training:
         own = {name: self._option_of(name, form) for name in self.stepped}
         if form == "adam_spd":
             make = partial(AdamSPD, anchor=anchor, **extra)
-            optimizer, self.model = self.engine.optimizer(self.model, make, adam_spd_groups(self.stepped, own))
+            optimizer, self.model = self.engine.optimizer(
+                self.model, make, adam_spd_groups(self.stepped, own)
+            )
             inner = getattr(optimizer, "optim", optimizer)
             return optimizer, inner.projector
         optimizer, self.model = self.engine.optimizer(
