@@ -1,4 +1,4 @@
-"""Whether the layers are those of one stage of a pipeline: what other ranks have before and after is not known."""
+"""Whether the layers are those of one stage of a pipeline: what lies before and after is not known here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
 def is_stage(params: Sequence[Tensor], model: Module | None, fqns: Iterable[str]) -> bool:
-    """Whether `model`, or `params` (named `fqns`) where there is none, are a part of a model, as far as it shows.
+    """Whether `model`, or `params` (named `fqns`) where there is none, show that they are a part of a model.
 
     It shows by torch's pipeline stages, by a mesh that was cut out of one with an axis for stages, and by
     layers whose numbers begin above 0. The first stage of a pipeline that uses neither looks like a model.
@@ -51,7 +51,7 @@ def _has_stage_axis(param: DTensor) -> bool:
 
 
 def _misses_first(module: Module) -> bool:
-    """Whether a container's children are numbered without a gap from above 0, also where one has no weights."""
+    """Whether a container's children, also those without weights, are numbered from above 0 without a gap."""
     return _is_late({int(name) for name, _ in module.named_children() if name.isdecimal()})
 
 

@@ -24,7 +24,8 @@ class MAPS(SPD):
 
     An interpretation: a layer is one parameter, k its place (from 0) among the model's K parameters without
     biases and heads, in the model's order; a bias is what is named so. Without the model, the order is
-    that of the optimizer's param groups. A stage of a pipeline cannot tell how deep it lies, and needs `order`.
+    that of the optimizer's param groups. A stage of a pipeline cannot tell how deep
+    it lies, and needs `order`.
 
     Args:
         first: share of lambda at the first layer.
@@ -91,8 +92,8 @@ class MAPS(SPD):
                 f"its option order names {len(self.order)} layers and not this one: name all of the model's"
             )
         return (
-            "give the model: AdamSPD(..., model=model) or attach(optimizer, model); where that is a stage of a "
-            "pipeline, or has part of the layers otherwise, the names of all layers in order: the option order"
+            "give the model: AdamSPD(..., model=model) or attach(optimizer, model); where that is a stage of "
+            "a pipeline, or another part of a model, the names of all layers in order: the option order"
         )
 
     def _counts(self, fqn: str) -> bool:

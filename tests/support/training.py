@@ -28,8 +28,8 @@ class Training:
     """Wraps a probe of `tensors` on `engine` and makes its optimizer.
 
     `options` is one for all layers or one by name. `form` is how the package is used: `AdamSPD`, or `attach`
-    to torch's Adam. The layers of `leave_out` are not given to the optimizer. `make_base` replaces that Adam: it takes param groups with lr, betas and eps. `extra`
-    goes to the optimizer.
+    to torch's Adam. The layers of `leave_out` are not given to the optimizer. `make_base` replaces that Adam:
+    it takes param groups with lr, betas and eps. `extra` goes to the optimizer.
     """
 
     def __init__(
