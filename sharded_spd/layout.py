@@ -44,7 +44,8 @@ class BoundShard:
     of it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's
     live group; `has_state` says whether the base optimizer has stepped this tensor before. `origin` is what
     the tensor was made of, in the same order, where a snapshot is to be taken from that: low-precision
-    weights below their float32 master. `owner` is the optimizer's own tensor, whose memory `tensor` shares.
+    weights below their float32 master. `owner` is the optimizer's own tensor, whose memory `tensor` shares;
+    `key` the one under which it keeps its state, unless that is vouched for.
     """
 
     tensor: torch.Tensor
@@ -55,6 +56,7 @@ class BoundShard:
     has_state: bool = False
     origin: torch.Tensor | None = None
     owner: torch.Tensor | None = None
+    key: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,8 @@ class ParameterAdapter:
 
     def take_model(self, model: Module | None) -> None:
         """See `EngineAdapter`."""
-        if model is not None:
+        self._no_model = model is not None and not isinstance(model, Module)
+        if isinstance(model, Module):
             self._model = weakref.ref(model)
         self._replicas = self._replicas or replicas_of(self._tensors())
 
@@ -157,7 +158,10 @@ class ParameterAdapter:
             UnsupportedError: for a parameter that cannot be projected.
             BindingError: for two parameters under one name, or one that the model does not have.
         """
-        self.take_model(model)
+        if model is not None:
+            self.take_model(model)
+        if self._no_model:
+            raise UnsupportedError("got something else as the model; wanted a torch.nn.Module: model=...")
         self._look()
         parts: dict[Tensor, Part] = {}
         pieces: dict[str, tuple[ShardSlice, Part]] = {}
@@ -294,7 +298,9 @@ class ParameterAdapter:
                     self._raise_unknown(optimizer, group, g, i)
                     continue
                 owner = param if part.local is None else None
-                shard = BoundShard(param, None, part.slices, group, param.requires_grad, owner=owner)
+                shard = BoundShard(
+                    param, None, part.slices, group, param.requires_grad, owner=owner, key=param
+                )
                 rows.append((shard, param, part))
         return _Lineup(rows, alone, [(group, list(group["params"])) for group in optimizer.param_groups])
 
