@@ -120,8 +120,8 @@ class Unverified:
                 f"the optimizer has stepped {len(tuned)} layer(s) before, {tuned[0]!r} for one, and yet they "
                 "are at their snapshot to the last bit: it was taken after the training, of fine-tuned "
                 "weights; attach before the resumed weights and state are loaded, or load the projector's "
-                "state too, or anchor at the path of the pre-trained checkpoint (or of these weights, if they "
-                "are meant)"
+                "state too, or anchor at the path of the pre-trained checkpoint (or of these weights, if "
+                "they are meant)"
             )
         rested = [fqn for fqn in thawed if fqn in self.resting]
         if rested:
