@@ -75,7 +75,7 @@ class ShardLayout:
     `model_fqns` are all the model's names, also of what no optimizer holds; empty where no model was given.
     `renamed` tells which layers had another name in the layout before this one. `everywhere` is the group of
     all ranks where some have layers that others have not (experts, optimizers that share the parameters out),
-    else None; `elsewhere` are the layers that only others have.
+    else None; `elsewhere` are the layers that only others have. `stage`: the model is a part of a pipeline's.
     """
 
     fqns: tuple[str, ...]
@@ -85,8 +85,11 @@ class ShardLayout:
     renamed: Mapping[str, str] = field(default_factory=dict)
     everywhere: ProcessGroup | None = None
     elsewhere: tuple[str, ...] = ()
+    stage: bool = False
 
     @property
     def order(self) -> tuple[str, ...]:
         """All layers in the model's order, the same on every rank; empty where only the model could tell."""
+        if self.stage:
+            return ()
         return self.model_fqns or (self.fqns if self.everywhere is None else ())

@@ -13,16 +13,18 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, anywhere, check_same, union
+from sharded_spd.agree import agree, anywhere, check_same, differing, union
 from sharded_spd.anchors.fingerprint import combine, combine_nameless
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
 from sharded_spd.carry import Moves, export_layers, find_layers, move_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.kernels import backend_names
 from sharded_spd.layout import BoundShard
-from sharded_spd.monitor import Monitor, measure_deviation
+from sharded_spd.monitor import Monitor, is_first, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
+from sharded_spd.stats import sum_over_scopes_
 from sharded_spd.step import Step
 from sharded_spd.unbound import check_unbound
 from sharded_spd.verdict import Evidence, Verdict
@@ -66,7 +68,6 @@ class Projector:
         self._calls: dict[Optimizer, list[Plan]] = {}
         self._turns: dict[Optimizer, int] = {}
         self._stateful = False
-        self._moved = False
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
         self._handles: list[Removable] = []
@@ -85,6 +86,11 @@ class Projector:
     def num_steps(self) -> int:
         """Engine steps in which something moved."""
         return self._monitor.num_steps
+
+    @property
+    def meets(self) -> bool:
+        """Whether ranks sum over each other in a step."""
+        return self._binding is not None and bool(self._binding.layout.scopes)
 
     @property
     def attached(self) -> bool:
@@ -176,6 +182,7 @@ class Projector:
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
+        agree(partial(self._monitor.open, is_first(groups)), groups)
         old, renamed = self._binding, layout.renamed
         shards = agree(self._shards, groups)
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
@@ -190,6 +197,11 @@ class Projector:
         if old is not None:
             binding.unverified.stepped = {renamed.get(fqn, fqn) for fqn in old.unverified.stepped}
         agree(lambda: self._vouch(binding, renamed), groups)
+        pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
+        devices = {shard.tensor.device.type for shard in pulled}
+        unlike = differing(agree(lambda: backend_names(devices), groups), groups)
+        binding.plain = frozenset(unlike)
+        warn.about_kernels(unlike)
         plans, calls = agree(partial(self._make_plans, binding, renamed), groups)
         stateful = bool(union(stateful_layers(plans.values()), layout.everywhere))
         restore = self._prepare_restore(self._loaded, binding, plans.values())
@@ -354,15 +366,12 @@ class Projector:
         with step.trying():
             step.add_after()
         self._waiting.append(step)
-        self._moved |= step.moves
         last = self._adapter.boundary(optimizer)
         # Without a scope there is nothing to be reduced, and so nothing to wait for.
         if last or not self._together or not self._binding.layout.scopes:
             self._project()
         if last:
             self._turns.clear()
-        if last and self._moved:
-            self._moved = False
             self._monitor.step(list(self._plans.values()), self._require().norms)
 
     def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
@@ -407,6 +416,8 @@ class Projector:
             evidence = [found for step in steps if (found := step.evidence()) is not None]
             self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
+            for step in steps:
+                self._monitor.note(step.moves, step.skipped)
         except Exception:
             self._turns.clear()
             raise
@@ -448,6 +459,8 @@ class Projector:
                 return
             self._verdicts.append(verdict)
         if failure is not None:
+            if not heard and self.meets:  # told in the next reduction
+                self._failure = failure
             raise failure
 
     def _read(self, verdict: Verdict, failure: Exception | None = None, settings: Any = None) -> None:
@@ -518,13 +531,17 @@ class Projector:
         self._binding = None
         self._detached = True
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, *, gather: bool = False) -> dict[str, Any]:
         """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
 
-        Waits for the device. Empty of layers before the first step.
+        Of the layers that this rank steps and that are not frozen: all of the model's, the same under every
+        engine, but where ranks have layers of their own (an optimizer that shares the parameters out,
+        experts). There `gather` gives them all, and is collective. Waits for the device. Empty of layers
+        before the first step.
         """
         norms = self._binding.norms if self._binding is not None else {}
-        return self._monitor.metrics(list(self._plans.values()), norms)
+        ranks = self._binding.layout.everywhere if gather and self._binding is not None else None
+        return self._monitor.metrics(list(self._plans.values()), norms, ranks)
 
     def deviation(self) -> dict[str, tuple[float, float]]:
         """|w - w0| and |w0| of every projected layer, now, also of those that only other ranks have.
@@ -533,9 +550,10 @@ class Projector:
         """
         self._catch_up()
         binding, groups = self._require(), self._adapter.agreement_groups
-        shards = agree(self._shards, groups)
-        agree(binding.check_files, groups)
-        return union(measure_deviation(binding, shards), binding.layout.everywhere)
+        fqns, sums = agree(lambda: measure_deviation(binding, self._shards()), groups)
+        sum_over_scopes_(sums, fqns, binding.layout.scopes)
+        own = {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
+        return union(own, binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors.
