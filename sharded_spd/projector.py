@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -263,12 +263,14 @@ class Projector:
         return roster
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, *, sums_later: bool = False) -> Step | None:
+    def before_step(
+        self, optimizer: Optimizer, *, sums_later: bool = False, base_decays: Set[int] = frozenset()
+    ) -> Step | None:
         """Take the statistics before `optimizer` steps; its gradients must be there.
 
         What fails on this rank is raised here where no rank waits for it, else once all ranks know: at the
         first reduction of the step. With `sums_later` the caller takes the sums, of the step that comes back
-        (None: unbound).
+        (None: unbound). `base_decays` are the ids of param groups whose decay the base step does itself.
 
         Raises:
             BindingError: unbound with gradients, or a parameter that was swapped or added since `bind()`.
@@ -280,6 +282,7 @@ class Projector:
             return None
         self._catch_up(optimizer)
         step, shards = self._begin(optimizer)
+        step.base_decays = base_decays
         self._turns[optimizer] = self._turns.get(optimizer, 0) + 1
         if step.failure is None:
             with step.trying():
