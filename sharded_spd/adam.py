@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim.adam import Adam, adam
 
-from sharded_spd.agree import agree
+from sharded_spd.agree import agree, anywhere
 from sharded_spd.binding import Binding
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.plain import ParameterAdapter, is_left_alone, known_groups
@@ -79,6 +79,7 @@ class AdamSPD(Adam):
         self._own_defaults = {"max_pull": max_pull, "anchor": anchor, "rule": rule}
         self._specs: list[GroupSpec] = []
         self._deferred = False
+        self._num_bound = 0
         self._projector: Projector | None = None
         # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
         adapter = ParameterAdapter([self], model)
@@ -101,7 +102,8 @@ class AdamSPD(Adam):
                 fused=fused,
             )
 
-        agree(construct, known_groups(_tensors_in(params), model, with_replicas=True))
+        known = model if isinstance(model, Module) else None
+        agree(construct, known_groups(_tensors_in(params), known, with_replicas=True))
         self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=self._deferred)
         self._after_bind()
 
@@ -141,6 +143,7 @@ class AdamSPD(Adam):
         """Show the fingerprints, and let go of what was given."""
         if not self.projector.bound:
             return
+        self._num_bound = len(self._specs)
         # Inside of an optimizer that shares the parameters out, a group's layers are on all ranks together.
         prints = self.projector.group_fingerprints(self, self._adapter.replicas)
         for spec, group, fingerprint in zip(self._specs, self.param_groups, prints, strict=True):
@@ -152,6 +155,10 @@ class AdamSPD(Adam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and bind its anchors at once where the others are bound; what fails changes nothing.
 
+        Where layers are split over ranks, it is bound when all of them step next: a rank that adds a group
+        alone must not wait for the others. Its anchors are then the weights of that moment, and what fails
+        there takes the group out again.
+
         Raises:
             ValueError: for a negative lambda, an unknown rule, or lists of another length than `params`.
         """
@@ -159,14 +166,19 @@ class AdamSPD(Adam):
         spec = take_group(group, len(self.param_groups), self._adapter.names, self._specs)
         super().add_param_group(group)
         self._specs.append(spec)
-        if self._projector is not None and self._projector.bound:
-            try:
-                self.bind()
-            except Exception:  # the group is taken out again, so that the optimizer can go on without it
-                self.param_groups.pop()
-                self._specs.pop()
-                raise
+        if self._projector is not None and self._projector.bound and not self._projector.meets:
+            self._bind_added()
         self._deferred |= spec.shown["anchor"] == "deferred"
+
+    def _bind_added(self) -> None:
+        """Bind the groups that were added since the last binding, or take them out again."""
+        if not self.projector.bound or len(self._specs) == self._num_bound:
+            return
+        try:
+            self.bind()
+        except Exception:
+            del self.param_groups[self._num_bound :], self._specs[self._num_bound :]
+            raise
 
     @_disable_dynamo
     @torch.no_grad()
@@ -179,6 +191,7 @@ class AdamSPD(Adam):
             What failed on any rank that shares a layer; on the others with that rank's number.
         """
         loss = None
+        self._bind_added()
         try:
             if closure is not None:
                 with torch.enable_grad():
@@ -201,7 +214,8 @@ class AdamSPD(Adam):
         gathered = [self._gather(group) for group in self.param_groups]
         if step is not None:
             done = fused_adam(self, step, gathered)
-            step.add_before()
+            with step.trying():
+                step.add_before()
         for group, lists in zip(self.param_groups, gathered, strict=True):
             self._adam(group, lists, done)
 
@@ -282,13 +296,14 @@ class AdamSPD(Adam):
 
     def _prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
         """Check what is to be loaded; what comes back puts in order what torch has loaded of it."""
+        self._bind_added()
+        ranks = self._adapter.agreement_groups
+        unchecked = agree(lambda: self._check_saved(state_dict), ranks)
         groups = state_dict["param_groups"]
-        unchecked: list[str | None] = [None] * len(self._specs)
-        if self.projector.bound:
-            own = [spec.shown["anchor_fingerprint"] for spec in self._specs]
-            unchecked = self._check_fingerprints(groups, own)
         strengths = [{k: group[k] for k in ("weight_decay", "max_pull")} for group in self.param_groups]
         own_state = state_dict.get("projector")
+        if anywhere(own_state is not None, ranks) and own_state is None:
+            own_state = {}
         restore: Callable[[], None] | None = None
         if own_state is not None and self.projector.bound:
             restore = self.projector.prepare_load(own_state)
@@ -306,6 +321,22 @@ class AdamSPD(Adam):
                 restore()
 
         return finish
+
+    def _check_saved(self, state_dict: Mapping[str, Any]) -> list[str | None]:
+        """Whether torch will take it, and its anchors are these; see `_check_fingerprints`."""
+        if not isinstance(state_dict.get("state"), Mapping):
+            raise TypeError("got a checkpoint without 'state'; wanted what an optimizer's state_dict() gives")
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        own = [len(group["params"]) for group in self.param_groups]
+        if saved != own:
+            raise ValueError(
+                f"got a checkpoint whose parameter groups have {saved} parameters; wanted {own}: build the "
+                "optimizer with the parameter groups that it was saved with"
+            )
+        if not self.projector.bound:
+            return [None] * len(self._specs)
+        prints = [spec.shown["anchor_fingerprint"] for spec in self._specs]
+        return self._check_fingerprints(state_dict["param_groups"], prints)
 
     def _check_fingerprints(
         self, groups: Sequence[Mapping[str, Any]], prints: Sequence[str]
@@ -344,6 +375,7 @@ class AdamSPD(Adam):
             self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True)
             if held is not None:
                 self._projector.adopt(*held)
+            self._num_bound = len(self._specs) if self._projector.bound else 0
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True
 

@@ -58,7 +58,7 @@ def anywhere(flag: bool, groups: Sequence[ProcessGroup]) -> bool:
 def differing(own: Mapping[str, str], groups: Sequence[ProcessGroup]) -> dict[str, list[str]]:
     """The keys for which the ranks that `groups` connect have different values, and these."""
     found: dict[str, list[str]] = {}
-    for _, key, value in _flood([(0, key, value) for key, value in own.items()], groups):
+    for _, key, value in flood([(0, key, value) for key, value in own.items()], groups):
         found.setdefault(key, []).append(value)
     return {key: values for key, values in found.items() if len(values) > 1}
 

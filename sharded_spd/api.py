@@ -110,6 +110,7 @@ def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver)
         together=config.defer,
         telemetry_every=config.telemetry.every,
         telemetry_path=config.telemetry.path,
+        foreign=True,
     )
     for optimizer in adapter.optimizers:
         _ATTACHED[optimizer] = ref(projector)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sharded_spd import binding
+from sharded_spd.binding import LayerSettings
 from sharded_spd.engines.plain import is_left_alone
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.names import clean_fqns
@@ -105,9 +107,8 @@ def _check_range(key: str, value: Any, low: float, high: float) -> None:
 
 
 def rests(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
-    """Whether a group asks nothing of its anchors: its rule has a strength, and that is the number 0."""
-    asks = spec.rule.spec.anchored and not spec.rule.spec.decays
-    return asks and not isinstance(group["weight_decay"], Tensor) and group["weight_decay"] == 0
+    """Whether a group asks nothing of its anchors; see `binding.rests`."""
+    return binding.rests(LayerSettings(rule=spec.rule, anchor=spec.anchor), group)
 
 
 def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> None:

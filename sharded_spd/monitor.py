@@ -17,7 +17,7 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.hostvec import LateScalar
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan
-from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
+from sharded_spd.stats import CHUNK, fixed_sum
 from sharded_spd.telemetry import JsonLines, numbers_of, summarize
 
 
@@ -171,11 +171,15 @@ def is_first(groups: Sequence[ProcessGroup]) -> bool:
 
 
 @torch.no_grad()
-def measure_deviation(binding: Binding, shards: Sequence[BoundShard]) -> dict[str, tuple[float, float]]:
-    """|w - w0| and |w0| of every layer that has an anchor, now. Collective over the layout's scopes.
+def measure_deviation(binding: Binding, shards: Sequence[BoundShard]) -> tuple[list[str], Tensor]:
+    """The layers that have an anchor, and this rank's part of |w - w0|^2 now, float64 `[num_layers]`.
 
     NaN for a frozen layer that was loaded since it was bound.
+
+    Raises:
+        AnchorError: where the file of an anchor on disk has changed.
     """
+    binding.check_files()
     pieces = {p.layer: (shard, p) for shard in shards for p in shard.slices if p.layer in binding.held}
     fqns = [fqn for fqn in binding.layout.fqns if fqn in pieces]
     sums = torch.zeros(len(fqns), dtype=torch.float64)
@@ -191,5 +195,4 @@ def measure_deviation(binding: Binding, shards: Sequence[BoundShard]) -> dict[st
             if held.values is not None:
                 delta = delta - held.values[begin : begin + CHUNK].to(delta.device).double()
             sums[i] += fixed_sum(delta * delta).to(sums.device)
-    sum_over_scopes_(sums, fqns, binding.layout.scopes)
-    return {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
+    return fqns, sums

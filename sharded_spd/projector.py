@@ -24,6 +24,7 @@ from sharded_spd.layout import BoundShard
 from sharded_spd.monitor import Monitor, is_first, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
+from sharded_spd.stats import sum_over_scopes_
 from sharded_spd.step import Step
 from sharded_spd.unbound import check_unbound
 from sharded_spd.verdict import Evidence, Verdict
@@ -52,6 +53,7 @@ class Projector:
         together: bool = False,
         telemetry_every: int = 0,
         telemetry_path: str | None = None,
+        foreign: bool = False,
     ) -> None:
         self._adapter = adapter
         self._resolve = resolve
@@ -60,6 +62,7 @@ class Projector:
         self._rosters: dict[tuple[str, ...], Roster] = {}
         self._steps: dict[Optimizer, Step] = {}
         self._together = together
+        self._foreign = foreign
         self._waiting: list[Step] = []
         self._verdicts: list[Verdict] = []
         self._calls: dict[Optimizer, list[Plan]] = {}
@@ -83,6 +86,11 @@ class Projector:
     def num_steps(self) -> int:
         """Engine steps in which something moved."""
         return self._monitor.num_steps
+
+    @property
+    def meets(self) -> bool:
+        """Whether ranks sum over each other in a step."""
+        return self._binding is not None and bool(self._binding.layout.scopes)
 
     @property
     def attached(self) -> bool:
@@ -185,6 +193,9 @@ class Projector:
         held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)
+        binding.unverified.foreign = self._foreign
+        if old is not None:
+            binding.unverified.stepped = {renamed.get(fqn, fqn) for fqn in old.unverified.stepped}
         agree(lambda: self._vouch(binding, renamed), groups)
         pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
         devices = {shard.tensor.device.type for shard in pulled}
@@ -445,6 +456,8 @@ class Projector:
                 return
             self._verdicts.append(verdict)
         if failure is not None:
+            if not heard and self.meets:  # told in the next reduction
+                self._failure = failure
             raise failure
 
     def _read(self, verdict: Verdict, failure: Exception | None = None, settings: Any = None) -> None:
@@ -534,9 +547,10 @@ class Projector:
         """
         self._catch_up()
         binding, groups = self._require(), self._adapter.agreement_groups
-        shards = agree(self._shards, groups)
-        agree(binding.check_files, groups)
-        return union(measure_deviation(binding, shards), binding.layout.everywhere)
+        fqns, sums = agree(lambda: measure_deviation(binding, self._shards()), groups)
+        sum_over_scopes_(sums, fqns, binding.layout.scopes)
+        own = {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
+        return union(own, binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors.

@@ -179,7 +179,10 @@ class DeepSpeedAdapter:
                         "the engine was attached to; call bind() on the projector"
                     )
                 stepped = self._has_stepped(optimizer, flat)
-                shards.append(BoundShard(tensor.detach(), tensor.grad, flat.slices, group, has_state=stepped))
+                vouched = self._marks is not None and self._marks.vouched
+                key = None if vouched else tensor
+                own = BoundShard(tensor.detach(), tensor.grad, flat.slices, group, has_state=stepped, key=key)
+                shards.append(own)
         self._current = {tensor for group in optimizer.param_groups for tensor in group["params"]}
         return shards
 

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from sharded_spd.engines.base import keep, made_up_name
 from sharded_spd.engines.dtensor import (
     Boxes,
+    align_grads,
     aligned_grad,
     as_dtensor,
     local_tensor,
@@ -35,6 +36,8 @@ from sharded_spd.engines.fairscale import BucketWatch
 from sharded_spd.engines.model import ModelView, is_flat, replicas_of, view_model, wrapper_groups
 from sharded_spd.engines.partitioned import names_of
 from sharded_spd.engines.parts import Part, gather_whole, take_part
+from sharded_spd.engines.replaced import ModelWatch, check_replaced
+from sharded_spd.engines.stages import is_stage
 from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
@@ -102,7 +105,7 @@ class ParameterAdapter:
         self._replicas = group
         self._wholes, self._everywhere = tuple(wholes), everywhere
         self._num_groups: list[int] = []
-        self._buckets = BucketWatch()
+        self._buckets, self._watch = BucketWatch(), ModelWatch()
         self._view = ModelView()
         self._model: Callable[[], Module | None] = lambda: None
         self.take_model(model)
@@ -111,7 +114,8 @@ class ParameterAdapter:
 
     def take_model(self, model: Module | None) -> None:
         """See `EngineAdapter`."""
-        if model is not None:
+        self._no_model = model is not None and not isinstance(model, Module)
+        if isinstance(model, Module):
             self._model = weakref.ref(model)
         self._replicas = self._replicas or replicas_of(self._tensors())
 
@@ -154,7 +158,10 @@ class ParameterAdapter:
             UnsupportedError: for a parameter that cannot be projected.
             BindingError: for two parameters under one name, or one that the model does not have.
         """
-        self.take_model(model)
+        if model is not None:
+            self.take_model(model)
+        if self._no_model:
+            raise UnsupportedError("got something else as the model; wanted a torch.nn.Module: model=...")
         self._look()
         parts: dict[Tensor, Part] = {}
         pieces: dict[str, tuple[ShardSlice, Part]] = {}
@@ -165,6 +172,7 @@ class ParameterAdapter:
             if is_left_alone(param):
                 continue
             if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
+                check_replaced({param: [fqn]}, self._view)
                 return None
             part = self._part(fqn, param, boxes)
             if param in parts:
@@ -185,6 +193,7 @@ class ParameterAdapter:
                 f"the model given has none of the optimizer's {len(params)} parameters; pass the model that "
                 "they were taken from, as it was then wrapped or sharded"
             )
+        check_replaced({param: [fqn] for fqn, param in params.items()}, self._view, parts)
         renamed = {
             before.layer: now.layer
             for param, part in parts.items()
@@ -192,11 +201,12 @@ class ParameterAdapter:
             for before, now in zip(self._parts[param].slices, part.slices, strict=False)
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
-        self._lineups = {}
+        self._lineups, self._watch = {}, ModelWatch()
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
         scopes, everywhere = _scopes(pieces), self._everywhere
-        return ShardLayout(tuple(params), shapes, scopes, self._view.fqns, renamed, everywhere=everywhere)
+        fqns, stage = self._view.fqns, is_stage(list(parts), self._model(), params)
+        return ShardLayout(tuple(params), shapes, scopes, fqns, renamed, everywhere=everywhere, stage=stage)
 
     def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
         if param.dtype not in _REAL:
@@ -236,9 +246,17 @@ class ParameterAdapter:
         """The local shard, local gradient and slice of every parameter of `optimizer`, in group order.
 
         Raises:
-            BindingError: for a parameter that `layout()` has not seen.
+            BindingError: for a parameter that `layout()` has not seen, or that the model has no more.
             UnsupportedError: for a sparse gradient.
         """
+        try:
+            return self._bind(optimizer, grads=grads)
+        except Exception:
+            if grads:
+                align_grads(optimizer)
+            raise
+
+    def _bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
         for whole, known in zip(self._wholes, self._num_groups, strict=True):
             if len(whole.param_groups) != known:  # this rank may have no share of the new group
                 raise BindingError(
@@ -263,6 +281,7 @@ class ParameterAdapter:
                 _raise_unreal(name, param)
         if grads:
             self._buckets.look(self._parts)
+            self._watch.look(optimizer, self._model(), lineup.shards, self._parts)
         return lineup.shards
 
     def _line_up(self, optimizer: Optimizer) -> _Lineup:
@@ -279,7 +298,9 @@ class ParameterAdapter:
                     self._raise_unknown(optimizer, group, g, i)
                     continue
                 owner = param if part.local is None else None
-                shard = BoundShard(param, None, part.slices, group, param.requires_grad, owner=owner)
+                shard = BoundShard(
+                    param, None, part.slices, group, param.requires_grad, owner=owner, key=param
+                )
                 rows.append((shard, param, part))
         return _Lineup(rows, alone, [(group, list(group["params"])) for group in optimizer.param_groups])
 
