@@ -68,6 +68,8 @@ def _built() -> ctypes.CDLL:
     for folder in _folders():
         try:
             return build.kept_in(own_folder(folder))
+        except TimeoutError:  # no rank waits twice
+            raise
         except OSError as error:  # read-only, full, another's, or one from which nothing may be run
             reasons.append(str(error))
     raise OSError(f"there is no folder to keep them in; set XDG_CACHE_HOME ({'; '.join(reasons)})")

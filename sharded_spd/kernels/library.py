@@ -21,9 +21,11 @@ def sealed(content: bytes, key: str) -> bytes:
 
 
 def load_sealed(descriptor: int, path: Path, key: str, source: str) -> ctypes.CDLL:
-    """Load what `descriptor` has open, and `path` names; takes the descriptor over.
+    """The library in a file that is open, which takes the descriptor over.
 
     Args:
+        descriptor: of the file, open for reading.
+        path: what messages call it.
         key: what it was sealed with.
         source: what the kernels in it say that they were compiled from.
 
@@ -39,7 +41,10 @@ def load_sealed(descriptor: int, path: Path, key: str, source: str) -> ctypes.CD
         if whole != sealed(whole[:-_SEAL_SIZE], key):
             raise OSError(f"{path} is damaged, or of another source or machine: its checksum is wrong")
         opened = f"/proc/self/fd/{descriptor}"
-        library = ctypes.CDLL(opened if os.path.exists(opened) else str(path))
+        try:
+            library = ctypes.CDLL(opened if os.path.exists(opened) else str(path))
+        except OSError as error:
+            raise OSError(f"{path} cannot be loaded: {error}") from error
         loaded = True
     finally:
         # The loader takes two libraries of one name for the same: the number of a loaded one stays taken.
