@@ -89,6 +89,10 @@ class Projector:
         binding = self._require()
         return {**binding.elsewhere, **binding.fingerprints}
 
+    def anchor_names(self) -> dict[str, str | None]:
+        """The tensor of its file that each layer is anchored at; None: at zero. Without other anchors."""
+        return self._require().names
+
     def group_fingerprints(self, optimizer: Optimizer, ranks: ProcessGroup | None = None) -> list[str]:
         """The anchors' fingerprint of each param group, as "HASH/LAYERS", over all `ranks` together."""
         known = self._require().fingerprints
@@ -164,6 +168,7 @@ class Projector:
                 self._plan(call, plans, renamed)
         self._stateful = bool(union(stateful_layers(self._plans.values()), layout.everywhere))
         self._adapter.mark(binding.fingerprint)
+        warn.about_anchors(binding)
         if old is None:
             self._restore(self._loaded)
             self._loaded, self._seed = {}, {}
@@ -172,6 +177,7 @@ class Projector:
     def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
         vouch.check_stored(binding)
         if self._binding is None:
+            vouch.check_strays(binding)
             vouch.check_pinned(binding)
             vouch.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
         else:

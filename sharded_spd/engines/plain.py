@@ -156,8 +156,10 @@ class ParameterAdapter:
         self._lineups.clear()
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
-        scopes, everywhere = _scopes(pieces), self._everywhere
-        return ShardLayout(tuple(params), shapes, scopes, self._view.fqns, renamed, everywhere=everywhere)
+        scopes, view, everywhere = _scopes(pieces), self._view, self._everywhere
+        return ShardLayout(
+            tuple(params), shapes, scopes, view.fqns, renamed, everywhere=everywhere, facts=view.facts
+        )
 
     def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
         if param.is_complex() or not param.is_floating_point():
