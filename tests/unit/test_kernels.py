@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import subprocess
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sharded_spd.kernels import compile as compiling
 from sharded_spd.kernels.base import Backend, Moments, Slice
 from sharded_spd.kernels.chunked import ChunkedKernels
 from sharded_spd.kernels.cpu import CpuKernels, cpu_kernels
