@@ -113,22 +113,21 @@ class _Build:
                 except subprocess.SubprocessError as error:
                     self._remember(failures, error)
                     raise
-            library = self._put(path)
+            library = self._put(path, self._content)
             failures.unlink(missing_ok=True)
             return library
 
     def _load(self, path: Path) -> ctypes.CDLL:
         return load_sealed(open_owned(path), path, self._key, self._source)
 
-    def _put(self, path: Path) -> ctypes.CDLL:
+    def _put(self, path: Path, content: bytes) -> ctypes.CDLL:
         """Write the library, and load it before anyone else can find it."""
-        assert self._content is not None
         for left in path.parent.glob(f".{path.name}.*"):  # by a process that was ended; the lock is held
             left.unlink()
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with open(open_owned(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-                file.write(self._content)
+                file.write(content)
             library = self._load(beside)
             os.replace(beside, path)
         except BaseException:
