@@ -108,6 +108,10 @@ class Projector:
         binding = self._require()
         return {**binding.elsewhere, **binding.fingerprints}
 
+    def anchor_names(self) -> dict[str, str | None]:
+        """The tensor of its file that each layer is anchored at; None: at zero. Without other anchors."""
+        return self._require().names
+
     def group_fingerprints(
         self, optimizer: Optimizer, ranks: ProcessGroup | None = None, binding: Binding | None = None
     ) -> list[str]:
@@ -211,6 +215,7 @@ class Projector:
         self._rosters.clear()
         self._turns.clear()
         self._adapter.mark(binding.fingerprint)
+        warn.about_anchors(binding)
         if old is None:
             restore()
             self._loaded, self._seed = {}, {}
@@ -219,6 +224,7 @@ class Projector:
     def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
         vouch.check_stored(binding)
         if self._binding is None:
+            vouch.check_strays(binding)
             vouch.check_pinned(binding)
             vouch.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
         else:
