@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,22 @@ from torch.optim.adam import Adam, adam
 from sharded_spd.agree import agree, anywhere
 from sharded_spd.binding import Binding
 from sharded_spd.engines.base import EngineAdapter
-from sharded_spd.engines.plain import ParameterAdapter, is_left_alone, known_groups
+from sharded_spd.engines.plain import ParameterAdapter, known_groups
 from sharded_spd.errors import BindingError
 from sharded_spd.fused import Lists, fused_adam, may_fuse
-from sharded_spd.groups import check_fingerprint, fuses_decay, keep_shown, num_layers, rests, take_group
+from sharded_spd.groups import (
+    check_fingerprint,
+    compare_groups,
+    count_layers,
+    fuses_decay,
+    keep_shown,
+    listed,
+    num_layers,
+    rests,
+    take_group,
+    tensors_in,
+    under_own_names,
+)
 from sharded_spd.projector import Projector
 from sharded_spd.rules import Rule
 from sharded_spd.sources import GroupResolver, GroupSpec, Source
@@ -88,7 +100,7 @@ class AdamSPD(Adam):
         # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
         adapter = ParameterAdapter([self], model)
         self._adapter = adapter
-        params, failure = _listed(params)
+        params, failure = listed(params)
 
         def construct() -> None:
             if failure is not None:
@@ -107,7 +119,7 @@ class AdamSPD(Adam):
             )
 
         known = model if isinstance(model, Module) else None
-        agree(construct, known_groups(_tensors_in(params), known, with_replicas=True))
+        agree(construct, known_groups(tensors_in(params), known, with_replicas=True))
         self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=self._deferred)
         self._after_bind()
 
@@ -126,7 +138,7 @@ class AdamSPD(Adam):
 
     def _vet(self, binding: Binding) -> None:
         prints = self.projector.group_fingerprints(self, self._adapter.replicas, binding)
-        check = partial(self._check_fingerprints, self.param_groups, prints)
+        check = partial(compare_groups, self.param_groups, prints, self.param_groups, self._specs)
         for spec, left in zip(self._specs, agree(check, self._adapter.agreement_groups), strict=True):
             spec.unchecked = left
 
@@ -233,7 +245,7 @@ class AdamSPD(Adam):
         for g, (spec, group) in enumerate(zip(self._specs, self.param_groups, strict=False)):
             own = spec.shown.get("anchor_fingerprint")
             if own is not None and spec.unchecked is not None and not rests(spec, group):
-                check_fingerprint(spec.unchecked, own, group=g, num_params=_count(group))
+                check_fingerprint(spec.unchecked, own, group=g, num_params=count_layers(group))
                 spec.unchecked = None
             if own is not None and self._adapter.replicas is not None:
                 check_fingerprint(
@@ -316,6 +328,9 @@ class AdamSPD(Adam):
             own_state = {}
         restore: Callable[[], None] | None = None
         if own_state is not None and self.projector.bound:
+            names = {param: fqn for fqn, param in self._adapter.params.items()}
+            if own_state.get("fingerprint", "") not in ("", self.projector.fingerprint):
+                own_state = under_own_names(own_state, groups, self.param_groups, self._specs, names)
             restore = self.projector.prepare_load(own_state)
         elif own_state is not None:
             restore = partial(self.projector.load_state_dict, own_state)
@@ -333,7 +348,7 @@ class AdamSPD(Adam):
         return finish
 
     def _check_saved(self, state_dict: Mapping[str, Any]) -> list[str | None]:
-        """Whether torch will take it, and its anchors are these; see `_check_fingerprints`."""
+        """Whether torch will take it, and its anchors are these; see `compare_groups`."""
         if not isinstance(state_dict.get("state"), Mapping):
             raise TypeError("got a checkpoint without 'state'; wanted what an optimizer's state_dict() gives")
         saved = [len(group["params"]) for group in state_dict["param_groups"]]
@@ -346,22 +361,7 @@ class AdamSPD(Adam):
         if not self.projector.bound:
             return [None] * len(self._specs)
         prints = [spec.shown["anchor_fingerprint"] for spec in self._specs]
-        return self._check_fingerprints(state_dict["param_groups"], prints)
-
-    def _check_fingerprints(
-        self, groups: Sequence[Mapping[str, Any]], prints: Sequence[str]
-    ) -> list[str | None]:
-        """Compare those in a checkpoint's `groups` with this optimizer's; what is left for later."""
-        left: list[str | None] = [None] * len(self._specs)
-        for g, (saved, own, group) in enumerate(zip(groups, prints, self.param_groups, strict=False)):
-            theirs = saved.get("anchor_fingerprint", own)
-            if len(saved["params"]) != len(group["params"]):
-                continue
-            if rests(self._specs[g], saved if "rule" in saved else group):
-                left[g] = theirs
-            else:
-                check_fingerprint(theirs, own, group=g, num_params=_count(group))
-        return left
+        return compare_groups(state_dict["param_groups"], prints, self.param_groups, self._specs)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: Adam's, and this rank's shards of the anchors."""
@@ -388,35 +388,3 @@ class AdamSPD(Adam):
             self._num_bound = len(self._specs) if self._projector.bound else 0
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True
-
-
-def _count(group: Mapping[str, Any]) -> int:
-    """How many of a group's parameters are layers."""
-    return sum(not is_left_alone(p) for p in group["params"])
-
-
-def _listed(params: Any) -> tuple[Any, Exception | None]:
-    """The parameters, read once if they come one by one, and what went wrong then."""
-    if isinstance(params, (Tensor, Mapping)):
-        return params, None  # torch says what is wrong
-    try:
-        found = list(params)
-        for i, group in enumerate(found):
-            if isinstance(group, Mapping) and isinstance(group.get("params"), Iterator):
-                found[i] = {**group, "params": list(group["params"])}
-        return found, None
-    except Exception as error:
-        return [], error
-
-
-def _tensors_in(params: Any) -> list[Tensor]:
-    """The tensors among parameters, named ones and groups of them, as far as there are any."""
-    found: list[Tensor] = []
-    for entry in params if isinstance(params, Sequence) else ():
-        given = entry.get("params") if isinstance(entry, Mapping) else entry
-        if isinstance(entry, tuple) or isinstance(given, Tensor):
-            given = [entry[-1] if isinstance(entry, tuple) and entry else given]
-        found += [
-            p[-1] if isinstance(p, tuple) and p else p for p in (given if isinstance(given, Sequence) else ())
-        ]
-    return [p for p in found if isinstance(p, Tensor)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from sharded_spd import binding
 from sharded_spd.binding import LayerSettings
+from sharded_spd.engines.base import made_up_name
 from sharded_spd.engines.plain import is_left_alone
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.names import clean_fqns
@@ -145,3 +146,86 @@ def num_layers(fingerprint: str, unknown: int = 0) -> int:
     """How many layers a group's fingerprint is of."""
     count = fingerprint.partition("/")[2].partition("/")[0]
     return int(count) if count.isdigit() else unknown
+
+
+def compare_groups(
+    saved_groups: Sequence[Mapping[str, Any]],
+    prints: Sequence[str],
+    groups: Sequence[Mapping[str, Any]],
+    specs: Sequence[GroupSpec],
+) -> list[str | None]:
+    """Compare the fingerprints in a checkpoint's groups with an optimizer's `prints`.
+
+    What comes back is for each group the fingerprint that is to be compared once its lambda is positive.
+
+    Raises:
+        AnchorError: where they differ.
+    """
+    left: list[str | None] = [None] * len(specs)
+    for g, (saved, own, group, spec) in enumerate(zip(saved_groups, prints, groups, specs, strict=False)):
+        theirs = saved.get("anchor_fingerprint", own)
+        if len(saved["params"]) != len(group["params"]):
+            continue
+        if rests(spec, saved if "rule" in saved else group):
+            left[g] = theirs
+        else:
+            check_fingerprint(theirs, own, group=g, num_params=count_layers(group))
+    return left
+
+
+def under_own_names(
+    state: Mapping[str, Any],
+    saved_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    specs: Sequence[GroupSpec],
+    names: Mapping[Tensor, str],
+) -> Mapping[str, Any]:
+    """A projector's state by the layers' `names` here, where only one of the two optimizers has true ones.
+
+    As it is unless the groups' anchors have the same values: the fingerprint by names, which cannot be
+    compared then, is left out.
+    """
+    own = [spec.shown.get("anchor_fingerprint", "").partition(":") for spec in specs]
+    saved = [str(group.get("anchor_fingerprint", "")).partition(":") for group in saved_groups]
+    if [s[2] for s in saved] != [o[2] for o in own] or saved == own:
+        return state
+    found: dict[str, str] = {}
+    for g, (theirs, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        given = clean_fqns(list(theirs.get("param_names", ())))
+        for i, param in enumerate(group["params"]):
+            found[given[i] if i < len(given) else made_up_name(g, i)] = names.get(param, "")
+    if not all(found.get(fqn) for fqn in state["layers"]):
+        return state
+    return {**state, "fingerprint": "", "layers": {found[fqn]: v for fqn, v in state["layers"].items()}}
+
+
+def count_layers(group: Mapping[str, Any]) -> int:
+    """How many of a group's parameters are layers."""
+    return sum(not is_left_alone(p) for p in group["params"])
+
+
+def listed(params: Any) -> tuple[Any, Exception | None]:
+    """The parameters, read once if they come one by one, and what went wrong then."""
+    if isinstance(params, (Tensor, Mapping)):
+        return params, None  # torch says what is wrong
+    try:
+        found = list(params)
+        for i, group in enumerate(found):
+            if isinstance(group, Mapping) and isinstance(group.get("params"), Iterator):
+                found[i] = {**group, "params": list(group["params"])}
+        return found, None
+    except Exception as error:
+        return [], error
+
+
+def tensors_in(params: Any) -> list[Tensor]:
+    """The tensors among parameters, named ones and groups of them, as far as there are any."""
+    found: list[Tensor] = []
+    for entry in params if isinstance(params, Sequence) else ():
+        given = entry.get("params") if isinstance(entry, Mapping) else entry
+        if isinstance(entry, tuple) or isinstance(given, Tensor):
+            given = [entry[-1] if isinstance(entry, tuple) and entry else given]
+        found += [
+            p[-1] if isinstance(p, tuple) and p else p for p in (given if isinstance(given, Sequence) else ())
+        ]
+    return [p for p in found if isinstance(p, Tensor)]

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.batches import Batch
-from sharded_spd.binding import Binding, has_strength
+from sharded_spd.binding import Binding, flat, has_strength
 from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.errors import AnchorError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED, NUM_ROWS, TRAINED
@@ -265,11 +265,16 @@ class Step:
         unseen = self._binding.unverified.fresh - self._binding.unverified.stepped
         for shard in shards:
             state = self.optimizer.state.get(shard.key, {}) if shard.key is not None else {}
-            moments = [m for m in state.values() if isinstance(m, Tensor) and m.ndim and m.numel()]
-            for piece in shard.slices if moments else ():
+            moments = [
+                flat(_local(m))
+                for m in state.values()
+                if isinstance(m, Tensor) and shard.key is not None and m.shape == shard.key.shape
+            ]
+            # What an optimizer fills its state with before it has seen a gradient is one number.
+            trained = [m.ne(m[0]).any().to(guard.device) for m in moments if m.numel()]
+            for piece in shard.slices if trained else ():
                 if piece.layer in unseen:
-                    moved = torch.stack([_local(m).ne(0).any().to(guard.device) for m in moments]).any()
-                    guard[TRAINED, self._plan.column[piece.layer]] = moved
+                    guard[TRAINED, self._plan.column[piece.layer]] = torch.stack(trained).any()
 
     @staticmethod
     def _watch(guard: Tensor, item: Item) -> None:

@@ -270,3 +270,39 @@ def frozen_layer_loaded_on_one_rank(engine: Engine, *, form: Form) -> None:
     layer.requires_grad_(True)
     training.backward(gradients(start, 1)[0])
     refused(engine, training.optimizer.step, (ValueError,), "frozen", r"block\.attn\.weight")
+
+
+def fine_tuned_weights_taken_for_pre_trained(engine: Engine) -> None:
+    """The base's moments, which are resumed after attaching, tell every rank, also one that holds nothing."""
+    start = tensors()
+    first = Training(engine, start, SPD, form="attached")
+    grads = gradients(start, 4)
+    for given in grads[:2]:
+        first.step(given)
+    second = Training(engine, first.weights(), SPD, form="attached")
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.backward(grads[2])
+    for _ in range(2):
+        refused(engine, second.optimizer.step, (ValueError,), "fine-tuned weights", "projector's state")
+
+
+def moved_while_lambda_was_zero(engine: Engine) -> None:
+    """Training without a strength asks nothing of anchors; with one, the weights must not have moved."""
+    start = tensors()
+    training = Training(engine, start, replace(SPD, weight_decay=0.0))
+    grads = gradients(start, 4)
+    for given in grads[:2]:
+        training.step(given)
+    assert not any(a.values is not None for a in training.projector.export_anchors().values())
+    for group in training.optimizer.param_groups:
+        group["weight_decay"] = SPD.weight_decay
+    training.backward(grads[2])
+    refused(engine, training.optimizer.step, (ValueError,), "moved while lambda was 0")
+    again = Training(engine, start, replace(SPD, weight_decay=0.0))
+    for group in again.optimizer.param_groups:
+        group["weight_decay"] = SPD.weight_decay
+    oracle = Oracle(start, start, SPD)
+    for t, given in enumerate(grads):
+        again.step(given)
+        oracle.step(given)
+        assert_float64_parity(again.weights(), oracle.weights, label=f"step {t}:")

@@ -48,6 +48,8 @@ def _all() -> Iterator[Task]:
     yield from _tasks((("hsdp", 4), ("fsdp2_tp", 4)), cases.file_missing_on_one_rank, FORMS)
     for function in (cases.thawed_between_bindings, cases.frozen_layer_loaded_on_one_rank):
         yield from _tasks((*SHARDED, ("fsdp2_tp", 4)), function, FORMS)
+    for function in (cases.fine_tuned_weights_taken_for_pre_trained, cases.moved_while_lambda_was_zero):
+        yield from _tasks((*SHARDED, ("fsdp1_flat", 2)), function)
     yield from _tasks((("fsdp2", 4),), cases.more_ranks_than_rows, FORMS)
     for cell in (("fsdp2", 2), ("hsdp", 4), ("fsdp1", 2)):
         yield from _tasks((cell,), cases.parameters_that_one_rank_lacks)

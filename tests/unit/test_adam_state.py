@@ -284,6 +284,27 @@ def test_checkpoints_with_and_without_names_are_compared_by_their_values(
             third.load_state_dict(first.state_dict())
 
 
+@pytest.mark.parametrize(("saved_named", "loaded_named"), [(0, 1), (1, 0)])
+def test_rule_state_finds_its_layers_with_and_without_names(saved_named: int, loaded_named: int) -> None:
+    start = layers()
+    params, others = parameters(start), parameters(start)
+    first = _spd(params.items() if saved_named else params.values(), rule="ftp", weight_decay=0.1)
+    second = _spd(others.items() if loaded_named else others.values(), rule="ftp", weight_decay=0.1)
+    grads = gradients(6)
+    for given in grads[:3]:
+        give(params, given)
+        first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with torch.no_grad():
+        for name, p in others.items():
+            p.copy_(params[name])
+    for given in grads[3:]:
+        for optimizer, own in ((first, params), (second, others)):
+            give(own, given)
+            optimizer.step()
+        assert_bits_equal(values(others), values(params))
+
+
 def test_a_checkpoint_whose_fingerprints_have_no_hash_of_values_loads() -> None:
     """As they were written before."""
     params = parameters(layers())

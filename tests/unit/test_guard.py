@@ -283,6 +283,16 @@ def test_a_start_that_moves_nothing_is_no_training(zero: str) -> None:
     assert projector.num_steps == (2 if zero == "learning rate" else 3)
 
 
+def test_state_that_an_optimizer_begins_with_is_no_training() -> None:
+    params = parameters(layers())
+    base = torch.optim.Adagrad(params.items(), lr=LR, initial_accumulator_value=0.1)
+    projector = attach(base, config=SPDConfig(weight_decay=LAMBDA))
+    for given in gradients(2):
+        give(params, given)
+        base.step()
+    assert projector.num_steps == 2
+
+
 @pytest.mark.parametrize("way", ["AdamSPD", "attach"])
 def test_one_layer_without_moments_is_no_fault(way: str) -> None:
     """A checkpoint may lack them; the other layers tell that the run was resumed."""
