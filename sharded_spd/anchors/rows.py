@@ -40,7 +40,7 @@ def said(layer: str, shape: Sequence[int], stored: Sequence[int]) -> str:
     """One layer's numbers, for the one who resized it."""
     if shape[0] > stored[0]:
         return (
-            f"{layer} has {shape[0]} rows, the file {stored[0]}: the first {stored[0]} are anchored there, the "
-            f"other {shape[0] - stored[0]} at their values at binding"
+            f"{layer} has {shape[0]} rows, the file {stored[0]}: the first {stored[0]} are anchored there, "
+            f"the other {shape[0] - stored[0]} at their values at binding"
         )
     return f"{layer} has {shape[0]} rows, the file {stored[0]}: anchored at the first {shape[0]} of them"
