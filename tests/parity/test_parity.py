@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import cases, collective_cases, disk_cases, kept_cases, resume_cases, rule_cases, seam_cases
+from tests.parity import (
+    cases,
+    collective_cases,
+    disk_cases,
+    grown_cases,
+    kept_cases,
+    resume_cases,
+    rule_cases,
+    seam_cases,
+)
 from tests.reference.golden import FTP_FILES, SPD_FILES
 from tests.support.launch import Task
 from tests.support.training import FORMS
@@ -117,6 +126,7 @@ def _oracle() -> Iterator[Task]:
         cells = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp2_tp", 4))
         yield from _cross(cells, disk_cases.bit_equal, first=first, label=label, rules=rules)
     yield from _cross((("fsdp2", 2),), disk_cases.bit_equal, label="columns", columns=True)
+    yield from _cross((("fsdp2", 2),), grown_cases.resized)
     yield from _cross((("fsdp2_tp", 4),), cases.uneven_strided)
     yield from _cross((("tp", 2),), cases.partial_gradients)
     yield from _cross((("tp", 2),), cases.empty_tp_shard)

@@ -1,4 +1,4 @@
-"""A layer's name in the model, in the file and in the loader's mapping; zero that is never silent; grown tables."""
+"""Names in the model, in the file and in the loader's mapping; zero that is never silent; grown tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ peft = pytest.importorskip("peft")
 
 
 def pulled(model: nn.Module, **spd: Any) -> tuple[Projector, list[str]]:
-    """One step of full pulls (l2sp, lr * lambda = 1) with a small gradient; the projector and the warnings."""
+    """One step of full pulls (l2sp, lr * lambda = 1), a small gradient; the projector and the warnings."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(params, lr=0.5)
     with warnings.catch_warnings(record=True) as seen:
@@ -115,8 +115,8 @@ def test_a_rule_by_a_store_for_adam_spd(tmp_path: Path) -> None:
 
 
 def test_a_rule_that_matches_no_layer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnchorError, match="'heads.*' matches no layer"):
-        pulled(Net(), anchor=store(tmp_path, Net().state_dict()), names={"heads.*": "x"})
+    with pytest.raises(AnchorError, match=r"'heads\.\*' matches no layer"):
+        pulled(Net(), anchor=store(tmp_path, Net().state_dict()), names={r"heads.*": "x"})
 
 
 def test_two_rules_to_one_tensor_of_another_shape_are_refused(tmp_path: Path) -> None:
@@ -317,11 +317,13 @@ def test_a_trained_lora_stays_anchored_at_zero(tmp_path: Path) -> None:
             nn.init.normal_(param)
     pulled(model, anchor="zero")
     assert all(bool((p == 0).all()) for n, p in model.named_parameters() if "lora_" in n)
+    lora = [
+        (n.replace("default.", ""), p.detach().add(1.0).requires_grad_())
+        for n, p in model.named_parameters()
+        if "lora_" in n
+    ]
     with pytest.warns(UserWarning, match="2 pair"):
-        lora = [
-            (n, p.detach().add(1.0).requires_grad_()) for n, p in model.named_parameters() if "lora_" in n
-        ]
-        AdamSPD([(n.replace("default.", ""), p) for n, p in lora], anchor="zero", weight_decay=1.0)
+        AdamSPD(lora, anchor="zero", weight_decay=1.0)
 
 
 # --- tables of another size ---
