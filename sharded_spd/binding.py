@@ -209,8 +209,8 @@ def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], fou
             found.strays |= {store.source: strays} if strays else {}
             if on_purpose:
                 found.notes.append(
-                    f"{store.source}: {len(on_purpose)} tensors of layers that the model leaves out by its or the "
-                    f"checkpoint's configuration ({some(on_purpose, 3)}) are no anchor's"
+                    f"{store.source}: {len(on_purpose)} tensors of layers that the model or the "
+                    f"checkpoint's configuration leaves out ({some(on_purpose, 3)}) are no anchor's"
                 )
     if problems:
         listing = "\n  ".join(problems)

@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnchorConfig:
-    """Where the pre-trained values come from and how they are kept.
+    r"""Where the pre-trained values come from and how they are kept.
 
     `source`: "snapshot" (the weights at binding), "deferred" (bound later by `bind()`), "zero", the path of
     a safetensors checkpoint (relative to the working directory), or an `AnchorStore`. `dtype` "auto" keeps
     the stored dtype. `device` "cpu" keeps the anchor in host memory, "disk" leaves it in its files.
     `fingerprint` is the one that the anchor ought to have: of the layers that it is for, or, where a manifest
     lies beside its files, of all in them. `names`: patterns on whole names of layers, and what each is called
-    in the file ("student\\.(.*)": "\\1"); the first that matches wins, several may lead to one tensor.
+    in the file ("student\.(.*)": "\1"); the first that matches wins, several may lead to one tensor.
     """
 
     source: str | AnchorStore = "snapshot"
@@ -57,8 +57,8 @@ class AnchorConfig:
         object.__setattr__(self, "names", check_rules(self.names))
         if self.names and not self.has_file:
             raise ConfigError(
-                f"names: say what layers are called in a file, but the source is {_shown(self.source)}; wanted "
-                "the path of a checkpoint (an anchor store has its own: FileAnchor(path, names=...))"
+                f"names: say what layers are called in a file, but the source is {_shown(self.source)}; "
+                "wanted the path of a checkpoint (an anchor store has its own: FileAnchor(path, names=...))"
             )
 
     @property

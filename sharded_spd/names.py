@@ -37,8 +37,9 @@ def check_rules(rules: object) -> dict[str, str]:
             re.sub(pattern, replacement, "")
         except (re.error, IndexError) as error:
             raise ConfigError(
-                f"names: {pattern!r}: {replacement!r} is not valid: {error}; wanted a regular expression that "
-                r'matches a whole name, and a replacement in which \1 is its first group: "student\.(.*)": "\1"'
+                f"names: {pattern!r}: {replacement!r} is not valid: {error}; wanted a regular expression "
+                "that matches a whole name, and a replacement in which \\1 is its first group: "
+                r'"student\.(.*)": "\1"'
             ) from None
     return dict(rules)
 

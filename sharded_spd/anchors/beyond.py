@@ -12,7 +12,8 @@ from sharded_spd.errors import AnchorError
 
 _LAYER = re.compile(r"((?:.*\.)?(?:layers?|h|blocks?)\.)(\d+)\..*")
 _DEPTHS = frozenset(
-    "num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers depth".split()
+    "num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers "
+    "depth".split()
 )
 
 

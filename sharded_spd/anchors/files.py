@@ -134,7 +134,8 @@ class FileAnchor:
         self._rows.pop(layer, None)
         if tensor.shape != shape:
             names = (layer, *self._facts.ties.get(layer, ()), tensor.name)
-            if not other_rows(names, shape, tensor.shape, self._facts):
+            # Only a binding, which makes the model known, has the values of the rows that the file lacks.
+            if not self._fqns or not other_rows(names, shape, tensor.shape, self._facts):
                 return [f"{layer}: has shape {list(shape)}, in {where} it has {list(tensor.shape)}"]
             self._rows[layer] = tensor.shape[0]
         if tensor.dtype is None:
@@ -230,8 +231,8 @@ class FileAnchor:
         way_out = "anchor it at its start (anchor: snapshot) or leave it out (rule: none) by pattern"
         if bool((weight == weight[0]).all()):
             return (
-                f"{piece.layer}: missing in {self._path}, and {float(weight[0]):g} throughout as the gain of a "
-                f"norm is, so zero would switch off what it scales; {way_out}"
+                f"{piece.layer}: missing in {self._path}, and {float(weight[0]):g} throughout as the gain of "
+                f"a norm is, so zero would switch off what it scales; {way_out}"
             )
         twin = self._twin(piece, weight)
         if twin is None:
@@ -288,8 +289,8 @@ class FileAnchor:
 
     def _elsewhere(self, layer: str, why: str) -> str:
         return (
-            f"{layer}: missing in {self._path}, and not to be anchored at zero: {why}; anchor it at its start "
-            "(anchor: snapshot) by pattern"
+            f"{layer}: missing in {self._path}, and not to be anchored at zero: {why}; anchor it at its "
+            "start (anchor: snapshot) by pattern"
         )
 
     def _nothing_found(self, layers: list[str], keys: list[str]) -> str:

@@ -22,8 +22,10 @@ _SPELLED = {"weight": "gamma", "bias": "beta", "gamma": "weight", "beta": "bias"
 
 @dataclass(slots=True)
 class Naming:
-    """`keys`: the tensor of each layer that has one; `otherwise`: why a layer has none of its own though the
-    file has its values.
+    """What was found.
+
+    `keys`: the tensor of each layer that has one; `otherwise`: why a layer has none though the file has its
+    values.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
@@ -110,7 +112,7 @@ def _match(wanted: Sequence[str], files: Collection[str], renamed: Mapping[str, 
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """What else a parameter is called: by weight_norm and spectral_norm of torch, before and now; by TensorFlow."""
+    """What else a parameter is called: by torch's parametrizations, before and now, and by TensorFlow."""
     now = _PARAMETRIZED.fullmatch(name)
     if now is not None:
         yield f"{now['path']}{now['name']}{_OLD_PARTS[now['part']]}"

@@ -32,8 +32,8 @@ def notes(anchors: Anchors, at_start: Collection[str]) -> list[str]:
     if own:
         found.append(
             f"{len(own)} adapter layer(s) are anchored at their values at binding instead of zero "
-            f"({', '.join(kinds(own)) or 'of an unknown kind'}; {some(own, 3)}): at zero they would not leave the "
-            "pre-trained function alone"
+            f"({', '.join(kinds(own)) or 'of an unknown kind'}; {some(own, 3)}): at zero they would not "
+            "leave the pre-trained function alone"
         )
     stores: dict[int, tuple[FileAnchor, list[str]]] = {}
     for fqn, anchor in anchors.items():
@@ -50,8 +50,8 @@ def about_products(nonzero: Mapping[str, bool], facts: ModelFacts) -> list[str]:
     if not found:
         return []
     return [
-        f"{len(found)} pair(s) of LoRA's factors are anchored at zero and do not begin there ({some(found, 3)}): "
-        "right where the base weights are the pre-trained ones (LoRA, resumed or not), wrong where they were "
-        "changed to make up for the factors (PiSSA, OLoRA, CorDA, LoftQ): say anchor: snapshot there, or give "
-        "the model, which tells"
+        f"{len(found)} pair(s) of LoRA's factors are anchored at zero and do not begin there "
+        f"({some(found, 3)}): right where the base weights are the pre-trained ones (LoRA, resumed or not), "
+        "wrong where they were changed to make up for the factors (PiSSA, OLoRA, CorDA, LoftQ): say anchor: "
+        "snapshot there, or give the model, which tells"
     ]

@@ -28,8 +28,8 @@ def other_rows(names: Sequence[str], shape: Sequence[int], stored: Sequence[int]
 def shared_part(piece: ShardSlice, shape: Sequence[int], rows: int) -> ShardSlice:
     """What a slice of a layer of `shape` has of its first `rows` rows: the first of its elements."""
     if isinstance(piece.region, FlatRange):
-        count = rows * prod(shape[1:]) - piece.region.start
-        return replace(piece, numel=min(max(count, 0), piece.numel))
+        count = min(max(rows * prod(shape[1:]) - piece.region.start, 0), piece.numel)
+        return replace(piece, numel=count, region=piece.region if count else FlatRange(0))
     offsets, sizes = piece.region.offsets, piece.region.sizes
     own = min(max(rows - offsets[0], 0), sizes[0])
     region = Box(offsets if own else (0, *offsets[1:]), (own, *sizes[1:]))
@@ -40,7 +40,7 @@ def said(layer: str, shape: Sequence[int], stored: Sequence[int]) -> str:
     """One layer's numbers, for the one who resized it."""
     if shape[0] > stored[0]:
         return (
-            f"{layer} has {shape[0]} rows, the file {stored[0]}: the first {stored[0]} are anchored there, the "
-            f"other {shape[0] - stored[0]} at their values at binding"
+            f"{layer} has {shape[0]} rows, the file {stored[0]}: the first {stored[0]} are anchored there, "
+            f"the other {shape[0] - stored[0]} at their values at binding"
         )
     return f"{layer} has {shape[0]} rows, the file {stored[0]}: anchored at the first {shape[0]} of them"

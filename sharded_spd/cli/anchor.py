@@ -16,6 +16,7 @@ from sharded_spd.anchors import build as work
 from sharded_spd.anchors.checkpoint import Checkpoint
 from sharded_spd.anchors.manifest import MANIFEST, Manifest
 from sharded_spd.anchors.paths import some
+from sharded_spd.cli.names import show_names
 from sharded_spd.cli.progress import showing
 from sharded_spd.errors import ConfigError
 
@@ -89,8 +90,26 @@ def verify(
 
 
 @anchor_app.command("info")
-def info(path: Annotated[str, _PATH]) -> None:
+def info(
+    path: Annotated[str, _PATH],
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder with a transformers model's config.json: which tensor each of its layers takes."
+        ),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="With --names: PATTERN=NAME, as under names: in the settings; may be repeated."),
+    ] = None,
+) -> None:
     """What an anchor is. Without a manifest its fingerprint takes reading all of it."""
+    if names is not None:
+        parts = [one.partition("=") for one in rule or ()]
+        rules = {pattern: replacement for pattern, _, replacement in parts}
+        raise typer.Exit(1 if show_names(path, names, rules) else 0)
+    if rule:
+        raise ConfigError("--rule says what layers are called in the file: name the model, too, with --names")
     checkpoint = Checkpoint(path)
     manifest = checkpoint.manifest()
     if manifest is not None:

@@ -99,6 +99,7 @@ class ParameterAdapter:
         self.params: dict[str, Tensor] = {}
         self._parts: dict[Tensor, Part] = {}
         self._pieces: dict[str, tuple[ShardSlice, Part]] = {}
+        self._dtypes: dict[Tensor, torch.dtype] = {}
         self._groups: Sequence[ProcessGroup] = ()
         self._stepped: set[Optimizer] = set()
         self._lineups: dict[Optimizer, _Lineup] = {}
@@ -202,6 +203,7 @@ class ParameterAdapter:
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
         self._lineups, self._watch = {}, ModelWatch()
+        self._dtypes = {param: param.dtype for param in parts}
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
         scopes, view, everywhere = _scopes(pieces), self._view, self._everywhere
@@ -285,6 +287,8 @@ class ParameterAdapter:
             shard.requires_grad = param.requires_grad
             shard.grad = self._grad(param, part) if grads and param.grad is not None else None
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
+            if grads and local.dtype != self._dtypes[param]:
+                self._check_dtype(local.dtype, self._dtypes[param], shard)
         for name, param in lineup.alone if grads else ():
             if param.grad is not None:
                 _raise_unreal(name, param)
@@ -344,6 +348,19 @@ class ParameterAdapter:
                 "after use, not its shard; build the optimizer right after fully_shard, or call "
                 "model.reshard() before it is built"
             )
+
+    @staticmethod
+    def _check_dtype(now: torch.dtype, bound: torch.dtype, shard: BoundShard) -> None:
+        """A wider dtype before the first step holds what was bound; anything else does not."""
+        wider = torch.promote_types(now, bound) == now
+        if wider and not shard.has_state:
+            return
+        raise BindingError(
+            f"layer {shard.slices[0].layer!r} was {bound} when its anchor was bound and is {now} now: the "
+            "optimizer's state, the anchor and the gradients would be of two dtypes; change the dtype of the "
+            "pre-trained model first, then build the optimizer and call bind() (or anchor='deferred' and "
+            "bind() after the change), and keep it while training"
+        )
 
     def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
         """One call, of everything."""

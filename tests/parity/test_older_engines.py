@@ -11,6 +11,7 @@ from tests.parity import (
     cases,
     collective_cases,
     disk_cases,
+    grown_cases,
     kept_cases,
     older_cases,
     resume_cases,
@@ -163,6 +164,8 @@ def _tasks() -> Iterator[Task]:
         yield Task("without_model", engine, world, older_cases.without_model)
     for turn, engine in enumerate(("fsdp1", "fsdp1_flat", "fairscale_fsdp", "zero_redundancy")):
         yield from _cross(engine, 2, disk_cases.bit_equal, turn)
+    for turn, engine in enumerate(("fsdp1", "fsdp1_flat")):
+        yield from _cross(engine, 2, grown_cases.resized, turn)
     yield Task("sharded_after_binding", "fsdp1", 2, older_cases.sharded_after_binding)
     yield Task("channels_last", "fsdp1", 2, older_cases.channels_last)
     yield Task("ignored", "fsdp1", 2, older_cases.ignored)

@@ -13,6 +13,7 @@ from tests.parity import (
     cases,
     collective_cases,
     disk_cases,
+    grown_cases,
     kept_cases,
     part_cases,
     resume_cases,
@@ -133,6 +134,7 @@ def _oracle() -> Iterator[Task]:
         cells = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp2_tp", 4))
         yield from _cross(cells, disk_cases.bit_equal, first=first, label=label, rules=rules)
     yield from _cross((("fsdp2", 2),), disk_cases.bit_equal, label="columns", columns=True)
+    yield from _cross((("fsdp2", 2),), grown_cases.resized)
     yield from _cross((("fsdp2_tp", 4),), cases.uneven_strided)
     yield from _cross((("tp", 2),), cases.partial_gradients)
     yield from _cross((("tp", 2),), cases.empty_tp_shard)
