@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.support import launch
@@ -40,6 +41,29 @@ def _is_killed(engine: Engine) -> None:
     if engine.rank == 0:
         os.kill(os.getpid(), signal.SIGSEGV)
     dist.barrier()
+
+
+def _fails_where_the_other_reduces(engine: Engine) -> None:
+    if engine.rank == 1:
+        raise ValueError("seen by rank 1 only")
+    dist.all_reduce(torch.zeros(3))
+
+
+def _reduces_more(engine: Engine) -> None:
+    dist.all_reduce(torch.zeros(100))
+
+
+def test_a_rank_that_failed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the next task it would meet ranks that are still in its own: gloo ends those by a signal."""
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+    tasks = [
+        Task("fails", "ddp", 2, _fails_where_the_other_reduces),
+        Task("reduces", "ddp", 2, _reduces_more),
+    ]
+    failed, reduced = run_tasks(tasks).values()
+    assert "rank 0 hangs" in failed
+    assert "seen by rank 1 only" in failed
+    assert not reduced
 
 
 def test_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
