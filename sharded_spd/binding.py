@@ -51,8 +51,8 @@ Resolver = Callable[[ShardLayout, Mapping[str, Mapping[str, Any]], bool], Mappin
 class HeldAnchor:
     """This rank's shard of one anchor; `values` None stands for zero.
 
-    `pending`: not held yet, for the layer is frozen at its anchor; its weight will be taken, in `dtype`, if
-    it still has this `fingerprint`.
+    `pending`: not held yet, for the layer is at its anchor and either frozen or without a strength; its
+    weight will be taken, in `dtype`, if it still has this `fingerprint` (and squared norm).
     """
 
     piece: ShardSlice
@@ -60,11 +60,27 @@ class HeldAnchor:
     pending: bool = False
     dtype: torch.dtype | None = None
     fingerprint: tuple[int, ...] = ()
+    norm_sq: float = 0.0
+
+
+def has_strength(settings: LayerSettings, group: Mapping[str, Any]) -> bool:
+    """Whether a layer may be pulled now, as far as the host can tell: lambda is not the number 0."""
+    strength = group.get("weight_decay") if settings.weight_decay is None else settings.weight_decay
+    return settings.rule.spec.decays or isinstance(strength, Tensor) or strength != 0
+
+
+def rests(settings: LayerSettings, group: Mapping[str, Any]) -> bool:
+    """Whether nothing is asked of a layer's anchor now: without a strength, and no state to be kept."""
+    spec = settings.rule.spec
+    return spec.anchored and not (spec.layer_state or spec.shard_state or has_strength(settings, group))
 
 
 @dataclass(slots=True)
 class Binding:
-    """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks."""
+    """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks.
+
+    `plain`: the kinds of device on which the ranks have different kernels, so that all take plain torch.
+    """
 
     layout: ShardLayout
     options: Mapping[str, LayerSettings]
@@ -74,6 +90,7 @@ class Binding:
     fingerprints: dict[str, tuple[int, ...]] = field(default_factory=dict)
     elsewhere: dict[str, tuple[int, ...]] = field(default_factory=dict)
     found: Found = field(default_factory=Found)
+    plain: frozenset[str] = frozenset()
 
     @property
     def fingerprint(self) -> str:
@@ -94,9 +111,9 @@ class Binding:
                 raise AnchorError(f"layer {fqn!r}: {changed}")
 
     def take(self, piece: ShardSlice, weight: Tensor) -> tuple[Values | None, bool]:
-        """The bound values of `piece`, and whether they are lost: a frozen layer that was loaded since.
+        """The bound values of `piece`, and whether they are lost: its weights have changed since.
 
-        A frozen layer's anchor is taken now, at its first gradient, from its weight; where that has changed
+        A pending anchor is taken now, when it is first asked for, from the weight; where that has changed
         since, from its store.
         """
         held = self.held[piece.layer]
@@ -220,6 +237,16 @@ def bind(
             cut_out = slice(piece.offset, piece.offset + piece.numel)
             weight = flat(shard.tensor if shard.origin is None else shard.origin)[cut_out]
             shape, old = layout.shapes[fqn], previous.get(fqn)
+            resting = rests(options[fqn], shard.param_group) and (old is None or old.pending)
+            if resting and old is not None and _same_part(old, piece):
+                # Its weights may move meanwhile: what they were when they were bound is what counts.
+                result.held[fqn] = replace(old, piece=piece)
+                prints = torch.tensor(old.fingerprint)
+                seen = torch.tensor([piece.numel > 0, fqn in unchecked, True, True, False, False])
+                norm_sq = torch.tensor(old.norm_sq, dtype=torch.float64)
+                totals[fqn] = _Totals(norm_sq, torch.cat([prints, prints, seen.long()]))
+                result.unverified.resting.add(fqn)
+                continue
             values, known = _values(old, options[fqn], piece, weight, shape)
             if values is not None:
                 values = _place(values, shard.tensor, options[fqn])
@@ -229,13 +256,19 @@ def bind(
             lossy = cast is not None and cast.worst > 0
             result.found.worst = max(result.found.worst, 0.0 if cast is None else cast.worst)
             away = old is None and is_away(options[fqn].anchor, weight, values)
-            held = result.held[fqn] = _hold(values, piece, weight, prints, frozen=not shard.requires_grad)
+            frozen = resting or not shard.requires_grad
+            held = result.held[fqn] = _hold(values, piece, weight, prints, frozen=frozen)
+            norm_sq = _norm_sq(values)
+            if held.pending:
+                held.norm_sq = float(norm_sq)
+            if resting:
+                result.unverified.resting.add(fqn)
             exact = options[fqn].anchor_dtype in (None, weight.dtype)
             snapshot = options[fqn].anchor == "snapshot" and exact
             # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
             told = (known or not snapshot) and piece.numel > 0
             seen = torch.tensor([told, fqn in unchecked, held.pending, old is not None, away, lossy])
-            totals[fqn] = _Totals(_norm_sq(values), torch.cat([prints, stored, seen.long()]))
+            totals[fqn] = _Totals(norm_sq, torch.cat([prints, stored, seen.long()]))
 
     agree(local, groups)
     _reduce(result, totals)
@@ -260,19 +293,20 @@ def _values(
     if not old.pending:
         if old.values is None:
             return None, True
-        if isinstance(options.anchor, str) or (old.piece.region, old.piece.numel) == (
-            piece.region,
-            piece.numel,
-        ):
+        if isinstance(options.anchor, str) or _same_part(old, piece):
             return cut(old.values, old.piece, piece, shape), True
         return fetch(options, piece, weight), True
     return fetch(options, piece, weight), True
 
 
+def _same_part(old: HeldAnchor, piece: ShardSlice) -> bool:
+    return (old.piece.region, old.piece.numel) == (piece.region, piece.numel)
+
+
 def _hold(
     values: Values | None, piece: ShardSlice, weight: Tensor, prints: Tensor, *, frozen: bool
 ) -> HeldAnchor:
-    """A frozen layer whose anchor its weight reproduces takes no memory before its first gradient.
+    """A layer that stays where it is, or is not pulled, and is at its anchor takes no memory until it must.
 
     Taking it from the weight then, and not from its store, also keeps a step free of reads that may fail on
     one rank. What takes no memory anyway is held.

@@ -44,7 +44,8 @@ class BoundShard:
     of it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's
     live group; `has_state` says whether the base optimizer has stepped this tensor before. `origin` is what
     the tensor was made of, in the same order, where a snapshot is to be taken from that: low-precision
-    weights below their float32 master. `owner` is the optimizer's own tensor, whose memory `tensor` shares.
+    weights below their float32 master. `owner` is the optimizer's own tensor, whose memory `tensor` shares;
+    `key` the one under which it keeps its state, unless that is vouched for.
     """
 
     tensor: torch.Tensor
@@ -55,6 +56,7 @@ class BoundShard:
     has_state: bool = False
     origin: torch.Tensor | None = None
     owner: torch.Tensor | None = None
+    key: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class ShardLayout:
     `model_fqns` are all the model's names, also of what no optimizer holds; empty where no model was given.
     `renamed` tells which layers had another name in the layout before this one. `everywhere` is the group of
     all ranks where some have layers that others have not (experts, optimizers that share the parameters out),
-    else None; `elsewhere` are the layers that only others have.
+    else None; `elsewhere` are the layers that only others have. `stage`: the model is a part of a pipeline's.
     """
 
     fqns: tuple[str, ...]
@@ -83,8 +85,11 @@ class ShardLayout:
     renamed: Mapping[str, str] = field(default_factory=dict)
     everywhere: ProcessGroup | None = None
     elsewhere: tuple[str, ...] = ()
+    stage: bool = False
 
     @property
     def order(self) -> tuple[str, ...]:
         """All layers in the model's order, the same on every rank; empty where only the model could tell."""
+        if self.stage:
+            return ()
         return self.model_fqns or (self.fqns if self.everywhere is None else ())

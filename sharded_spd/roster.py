@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.batches import Batches
-from sharded_spd.binding import Binding, lost
+from sharded_spd.binding import Binding, lost, rests
 from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.items import Item
 from sharded_spd.kernels import FORMED, Slice, choose
@@ -86,7 +86,7 @@ class Roster:
         for item in self.items:
             shard = shards[item.position]
             grad = shard.grad
-            if grad is None:
+            if grad is None or self._rests(item, shard):
                 continue
             item.shard = shard
             item.look()
@@ -106,8 +106,12 @@ class Roster:
         carried = ahead([(item.tensors.anchor, item.tensors.weight.device) for item in live])
         for item, anchor in zip(live, carried, strict=True):
             item.tensors.anchor = anchor
-            item.backend = choose(item.tensors)
+            item.backend = choose(item.tensors, self._binding.plain)
         return live
+
+    def _rests(self, item: Item, shard: BoundShard) -> bool:
+        """Whether its anchor was never asked for, and is not now."""
+        return not item.settled and rests(self._binding.options[item.piece.layer], shard.param_group)
 
     def _look_at_file(self, item: Item, values: MappedValues) -> None:
         changed = lost(values)

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.batches import Batch
-from sharded_spd.binding import Binding
+from sharded_spd.binding import Binding, has_strength
+from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.errors import AnchorError
-from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED
+from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED, NUM_ROWS, TRAINED
 from sharded_spd.items import Item
 from sharded_spd.kernels import REFERENCE, Moments
 from sharded_spd.kernels.reference import pull_, pull_back_
@@ -49,11 +51,11 @@ class Step:
         self._guarded = binding.unverified.among(plan.fqns)
         self._guard: Tensor | None = None
         if self._guarded:
-            self._guard = torch.zeros(4, len(plan.fqns), dtype=torch.float64, device=plan.device)
+            self._guard = torch.zeros(NUM_ROWS, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._roster: Roster | None = None
         self._shards: Sequence[BoundShard] = ()
         self._items: list[Item] = []
-        self._moves = False
+        self._moves = self._scaled = False
         self._edited: dict[int, tuple[Stats, dict[str, Tensor]]] = {}
         self._early = Sums(plan, plan.keys(early=True)) if any(part.early for part in plan.parts) else None
         self._sums = Sums(plan, plan.keys(early=False))
@@ -141,8 +143,13 @@ class Step:
         return {
             owner: items
             for owner, items in self._roster.wholes.items()
-            if items[0].shard.grad is not None and all(item.backend is not REFERENCE for item in items)
+            if items[0].shard.grad is not None
+            and all(item.backend is not REFERENCE and self._pulls(item) for item in items)
         }
+
+    def _pulls(self, item: Item) -> bool:
+        """Whether there is a strength; else the base's own step is asked for, to the last bit."""
+        return has_strength(self._binding.options[item.piece.layer], item.shard.param_group)
 
     def adam_(self, items: Sequence[Item], moments: Sequence[Moments], numbers: Tensor) -> None:
         """Step items of `steppable` as Adam does (modified in place), with their sums; see `Table.adam_`."""
@@ -166,6 +173,11 @@ class Step:
     def shards(self) -> Sequence[BoundShard]:
         """What the base optimizer stepped."""
         return self._shards
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """Whether a scaler has the base skip the step, of each layer, once reduced; None without a scaler."""
+        return self._sums.flags[_FOUND_INF] > 0 if self._scaled else None
 
     def add_after(self) -> None:
         """Take the sums after the base step; let go of the gradients."""
@@ -199,8 +211,12 @@ class Step:
         """What the guard has to look at, once it is reduced."""
         if self._guard is None or self.failure is not None:
             return None
+        groups = {piece.layer: shard.param_group for shard in self._shards for piece in shard.slices}
+        wanted = frozenset(f for f in self._plan.fqns if has_strength(self._binding.options[f], groups[f]))
+        if self._binding.unverified.fresh.isdisjoint(self._plan.fqns) and wanted.isdisjoint(self._guarded):
+            return None  # what rests has nothing to be looked at
         rows = torch.cat([self._guard, self._sums.flags, self._lr.view(1, -1)])
-        return Evidence(self._plan.fqns, [scope.fqns for scope in self._plan.scopes], rows)
+        return Evidence(self._plan.fqns, [scope.fqns for scope in self._plan.scopes], rows, wanted)
 
     def project(self) -> None:
         """Find s from the reduced sums, and pull."""
@@ -217,14 +233,20 @@ class Step:
 
     def _read_scalars(self, roster: Roster, shards: Sequence[BoundShard]) -> None:
         scalars = roster.scalars
+        self._plan.frozen = {
+            p.layer for s in shards if not s.requires_grad and s.grad is None for p in s.slices
+        }
         self._lr, self._weight_decay, self._max_pull = scalars.read()
         self._moves = scalars.moves(shards)
         self._flags[_HAS_GRAD] = scalars.has_grad(shards)
         found_inf = getattr(self.optimizer, "found_inf", None)
+        self._scaled = found_inf is not None
         if found_inf is not None:
             self._flags[_FOUND_INF] = found_inf.to(self._plan.device, non_blocking=True)
         if self._guard is not None:
             self._guard[HAS_STATE] = scalars.has_state(shards)
+            if self._binding.unverified.foreign:
+                self._look_for_training(self._guard, shards)
 
     def _line_up(self, roster: Roster, shards: Sequence[BoundShard]) -> list[Item]:
         items = roster.line_up(shards, getattr(self.optimizer, "grad_scale", None))
@@ -235,6 +257,17 @@ class Step:
                 if item.piece.layer in self._guarded and item.part.rule.spec.anchored:
                     self._watch(self._guard, item)
         return items
+
+    def _look_for_training(self, guard: Tensor, shards: Sequence[BoundShard]) -> None:
+        """Note the layers that the base has moments of, and that have not stepped under this binding."""
+        unseen = self._binding.unverified.fresh - self._binding.unverified.stepped
+        for shard in shards:
+            state = self.optimizer.state.get(shard.key, {}) if shard.key is not None else {}
+            moments = [m for m in state.values() if isinstance(m, Tensor) and m.ndim and m.numel()]
+            for piece in shard.slices if moments else ():
+                if piece.layer in unseen:
+                    moved = torch.stack([_local(m).ne(0).any().to(guard.device) for m in moments]).any()
+                    guard[TRAINED, self._plan.column[piece.layer]] = moved
 
     @staticmethod
     def _watch(guard: Tensor, item: Item) -> None:
@@ -346,6 +379,10 @@ class Step:
             now = stats.after[DELTA_SQ].sqrt() * (1 - s).abs()
             report["deviation"] = torch.where(stepped, now, torch.nan)
         return report
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def _to_elements(per_row: Tensor, *, item: Item, cut: slice) -> Tensor:

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from sharded_spd.agree import Failure, raise_first, told_of
 from sharded_spd.errors import BindingError, ConfigError
-from sharded_spd.guard import HAS_STATE, MOVED, Unverified
+from sharded_spd.guard import NUM_ROWS, Unverified
 from sharded_spd.hostvec import LateCopy
 from sharded_spd.plan import ABSENT, Heard
-
-_NUM_GUARD = 1 + max(HAS_STATE, MOVED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,12 +26,13 @@ class Evidence:
     """What the guard looks at of one step, reduced.
 
     `rows` are the guard's, then whether there was a gradient, an overflow, and the learning rate:
-    `[num_guard_rows + 3, num_layers]`.
+    `[num_guard_rows + 3, num_layers]`. `wanted` are the layers with a strength.
     """
 
     fqns: Sequence[str]
     scopes: Sequence[Sequence[str]]
     rows: Tensor
+    wanted: frozenset[str] = frozenset()
 
 
 def comes_late(numbers: Tensor) -> bool:
@@ -88,8 +87,10 @@ class Verdict:
         for e in self._evidence:
             rows = rest[begin : begin + e.rows.numel()].view(e.rows.shape)
             begin += e.rows.numel()
-            guard, (has_grad, found_inf, lr) = rows[:_NUM_GUARD], rows[_NUM_GUARD:]
-            self._unverified.settle(e.fqns, e.scopes, guard, has_grad=has_grad, found_inf=found_inf, lr=lr)
+            guard, (has_grad, found_inf, lr) = rows[:NUM_ROWS], rows[NUM_ROWS:]
+            self._unverified.settle(
+                e.fqns, e.scopes, guard, has_grad=has_grad, found_inf=found_inf, lr=lr, wanted=e.wanted
+            )
 
     def _all_absent(self, words: Sequence[Sequence[float]]) -> bool:
         """Whether every rank is; a scope hears of those of the scopes before it, too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from sharded_spd.errors import UnsupportedError
 from sharded_spd.layout import Box, FlatRange, ShardSlice
@@ -39,10 +41,11 @@ def shard_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
 
 
 def mesh_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
-    """The groups of all axes of the tensor's mesh."""
+    """The groups of all axes of the tensor's mesh along which there are others; one, where there are none."""
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
-        yield from (mesh.get_group(axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1)
+        axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+        yield from (mesh.get_group(axis) for axis in axes or [0])
 
 
 Boxes = dict[tuple[Any, ...], tuple[Any, ...]]
@@ -101,6 +104,14 @@ def aligned_grad(param: Tensor) -> Tensor | None:
             with torch.no_grad():
                 param.grad = grad = grad.redistribute(placements=param.placements)
     return local_tensor(grad)
+
+
+def align_grads(optimizer: Optimizer) -> None:
+    """Redistribute all gradients that need it, on a rank that has failed: others wait for it there."""
+    for param in (p for group in optimizer.param_groups for p in group["params"]):
+        if isinstance(param, DTensor) and param.grad is not None:
+            with suppress(Exception):
+                aligned_grad(param)
 
 
 def as_dtensor(local: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tests.parity import (
     resume_cases,
     rule_cases,
     seam_cases,
+    trainable_cases,
 )
 from tests.reference.golden import SPD_FILES
 from tests.support.launch import Task
@@ -141,6 +142,8 @@ def _tasks() -> Iterator[Task]:
     yield from _odd()
     for engine, world in (*FSDP1, *FSDP1_OTHER, *FSDP1_MIXED, *FAIRSCALE, *SHARES):
         yield from _of(engine, world)
+    for engine, world in (*FSDP1, *FAIRSCALE, *SHARES[2:4]):
+        yield from trainable_cases.tasks(engine, world)
     for engine, world in FSDP1:
         yield from _cross(engine, world, cases.statistics, world // 4)
         yield Task("checkpoint", engine, world, older_cases.checkpoint)

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import cases, collective_cases, disk_cases, kept_cases, resume_cases, rule_cases, seam_cases
+from tests.parity import (
+    cases,
+    collective_cases,
+    disk_cases,
+    kept_cases,
+    part_cases,
+    resume_cases,
+    rule_cases,
+    seam_cases,
+    trainable_cases,
+)
 from tests.reference.golden import FTP_FILES, SPD_FILES
 from tests.support.launch import Task
 from tests.support.training import FORMS
@@ -97,6 +107,11 @@ def _oracle() -> Iterator[Task]:
     yield from _cross((("single", 1), *FSDP2), cases.thawed)
     yield from _cross(REPLICATED, cases.accumulated)
     yield from _cross((*REPLICATED, ("fsdp2_tp", 4)), cases.eval_between)
+    yield from _cross((("fsdp2", 2),), part_cases.sharded_after_the_optimizer_was_built)
+    yield from _formless((("fsdp2", 2),), part_cases.maps_of_a_stage)
+    yield from _formless((("fsdp2", 2),), part_cases.maps_of_a_sharded_stage)
+    for cell in FSDP2:
+        yield from trainable_cases.tasks(*cell)
     for dtype in (torch.float64, torch.float32):
         label = str(dtype).removeprefix("torch.")
         for cell in (("single", 1), ("ddp", 2), *FSDP2, ("hsdp", 4), ("tp", 2), ("fsdp2_offload", 2)):

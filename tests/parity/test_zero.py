@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity import disk_cases, rule_cases, zero_rule_cases
+from tests.parity import disk_cases, rule_cases, trainable_cases, zero_rule_cases
 from tests.parity import zero_cases as cases
 from tests.parity import zero_odd_cases as odd
 from tests.parity import zero_seen_cases as seen
@@ -238,7 +238,13 @@ def _rules() -> Iterator[Task]:
                 )
 
 
-TASKS = [*_matrix(), *_others(), *_odd(), *_seen(), *_rules()]
+def _few_trained() -> Iterator[Task]:
+    for world in WORLDS:
+        for stage in (1, 2, 3):
+            yield from trainable_cases.zero_tasks(world, stage)
+
+
+TASKS = [*_matrix(), *_others(), *_odd(), *_seen(), *_rules(), *_few_trained()]
 KERNEL_TASKS = list(_kernels())
 
 

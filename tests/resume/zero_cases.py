@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+import torch.distributed as dist
 
 from sharded_spd.checkpoint import Checkpoints
 from sharded_spd.errors import AnchorError, CheckpointError, UnsupportedError
@@ -43,6 +47,7 @@ def same_ranks(engine: Engine, *, setting: Setting) -> None:
         (UnsupportedError,),
         "asynchronous",
     )
+    _one_rank_cannot_write(engine, again, checkpoints)
     again.close()
 
     wrong = ZeroTraining(
@@ -66,3 +71,23 @@ def same_ranks(engine: Engine, *, setting: Setting) -> None:
         "no complete checkpoint",
     )
     wrong.close()
+
+
+def _one_rank_cannot_write(engine: Engine, training: ZeroTraining, checkpoints: Checkpoints) -> None:
+    """DeepSpeed has barriers after its files: the failure is raised behind them, and its folder is gone."""
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(checkpoints.directory.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        if engine.rank == engine.world - 1:
+            patch.setattr(training.engine.checkpoint_engine, "save", full)
+        refused(
+            engine,
+            lambda: checkpoints.save(9, training.engine, projector=training.projector),
+            (CheckpointError,),
+            "DeepSpeed could not save: .*No space left",
+        )
+    dist.barrier()
+    assert sorted(checkpoints.directory.iterdir()) == before

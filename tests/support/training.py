@@ -28,8 +28,8 @@ class Training:
     """Wraps a probe of `tensors` on `engine` and makes its optimizer.
 
     `options` is one for all layers or one by name. `form` is how the package is used: `AdamSPD`, or `attach`
-    to torch's Adam. `make_base` replaces that Adam: it takes param groups with lr, betas and eps. `extra`
-    goes to the optimizer.
+    to torch's Adam. The layers of `leave_out` are not given to the optimizer. `make_base` replaces that Adam:
+    it takes param groups with lr, betas and eps. `extra` goes to the optimizer.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Training:
         anchor: Any = "snapshot",
         ties: Mapping[str, str] | None = None,
         frozen: Sequence[str] = (),
+        leave_out: Sequence[str] = (),
         make_base: Callable[..., torch.optim.Optimizer] | None = None,
         prepare: Callable[[nn.Module], None] | None = None,
         give_model: bool = False,
@@ -55,9 +56,12 @@ class Training:
         if prepare is not None:
             prepare(self.model)
         self.params = engine.named(self.model)
+        self.stepped = {
+            n: p for n, p in self.params.items() if not set(leave_out).issuperset(engine.layers(n))
+        }
         self.options = {
             name: options if isinstance(options, LayerOptions) else options[name]
-            for param in self.params
+            for param in self.stepped
             for name in engine.layers(param)
         }
         if (give_model or engine.needs_model) and form == "adam_spd":
@@ -72,14 +76,16 @@ class Training:
         make_base: Callable[..., torch.optim.Optimizer] | None,
         extra: dict[str, Any],
     ) -> tuple[torch.optim.Optimizer, Projector]:
-        own = {name: self._option_of(name, form) for name in self.params}
+        own = {name: self._option_of(name, form) for name in self.stepped}
         if form == "adam_spd":
             make = partial(AdamSPD, anchor=anchor, **extra)
-            optimizer, self.model = self.engine.optimizer(self.model, make, adam_spd_groups(self.params, own))
+            optimizer, self.model = self.engine.optimizer(
+                self.model, make, adam_spd_groups(self.stepped, own)
+            )
             inner = getattr(optimizer, "optim", optimizer)
             return optimizer, inner.projector
         optimizer, self.model = self.engine.optimizer(
-            self.model, make_base or torch.optim.Adam, base_groups(self.params, own), **extra
+            self.model, make_base or torch.optim.Adam, base_groups(self.stepped, own), **extra
         )
         return optimizer, attach(optimizer, self.model, config_of(self.options, anchor))
 

@@ -124,7 +124,10 @@ def _written(setting: Setting, folder: Path) -> str:
 
 
 class ZeroTraining:
-    """An engine around a probe of `tensors`, and the projector attached to it."""
+    """An engine around a probe of `tensors`, and the projector attached to it.
+
+    The layers of `leave_out` are not given to the optimizer.
+    """
 
     def __init__(
         self,
@@ -135,6 +138,7 @@ class ZeroTraining:
         config: SPDConfig | None = None,
         ties: Mapping[str, str] | None = None,
         frozen: Sequence[str] = (),
+        leave_out: Sequence[str] = (),
         attached: bool = True,
     ) -> None:
         self.setting = setting
@@ -144,7 +148,7 @@ class ZeroTraining:
             model.get_parameter(name).requires_grad_(False)
         if setting.init:
             deepspeed.zero.Init(module=model, config_dict_or_path=setting.config())
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if name not in leave_out}
         of = {n: options if isinstance(options, LayerOptions) else options[n] for n in named}
         optimizer: torch.optim.Optimizer | None = None
         if setting.form == "adam_spd":

@@ -101,6 +101,17 @@ def test_maps_needs_the_order() -> None:
         MAPS().prepare([LayerInfo("w", (2, 2))])
 
 
+def test_maps_takes_the_order_of_a_model_of_which_it_sees_a_part() -> None:
+    """As on a stage of a pipeline; a layer that the list lacks has no place."""
+    order = ["a.weight", "a.bias", "b.weight", "c.weight", "d.weight", "e.weight"]
+    part = [LayerInfo(fqn, (2, 2)) for fqn in ("c.weight", "d.weight", "a.bias")]
+    assert MAPS(order=order).prepare(part)["share"].tolist() == [0.5, 0.25, 0.0]
+    with pytest.raises(ConfigError, match=r"layer 'f' stands in the model; its option order names 6 layers"):
+        MAPS(order=order).prepare([LayerInfo("f", (2, 2))])
+    assert repr(MAPS(order=order)) != repr(MAPS(order=order[::-1]))
+    assert "c.weight" not in repr(MAPS(order=order))
+
+
 def test_cwd_decays_where_the_step_goes_home_too() -> None:
     """d > 0 with a step down is decayed, with a step up not; so is what does not move."""
     block = Block(
@@ -146,6 +157,8 @@ def test_digrap_omega_follows_the_cosine_and_takes_only_what_leads_away() -> Non
         ("ftp", {"mu": "much"}, r"got mu='much'"),
         ("mars_sp", {}, r"rule 'mars_sp' needs its option 'radius'"),
         ("mars_sp", {"radius": 0}, r"got radius=0 .* wanted a number > 0"),
+        ("maps", {"order": ["a", "a"]}, r"got order=.*each once"),
+        ("maps", {"order": "a.weight"}, r"got order=.*wanted a list of the names"),
         ("maps", {"heads": "("}, r"got heads='\('.*wanted a regular expression"),
         ("digrap", {"mu": float("nan")}, r"got mu=nan"),
     ],

@@ -1,0 +1,82 @@
+"""Parameters that an optimizer holds and the model has no more: no gradient reaches them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from sharded_spd.engines.model import ModelView, view_model
+from sharded_spd.engines.parts import Part
+from sharded_spd.errors import BindingError
+from sharded_spd.layout import BoundShard
+
+
+class ModelWatch:
+    """Looks whether the model still has what is stepped: at the first step, and when all gradients cease."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Optimizer, bool] = {}
+
+    def look(
+        self,
+        optimizer: Optimizer,
+        model: Module | None,
+        shards: Sequence[BoundShard],
+        parts: Mapping[Tensor, Part],
+    ) -> None:
+        """Look at `model` before a step; `shards` have their gradients, `parts` are all that is bound.
+
+        Raises:
+            BindingError: for a layer in whose place the model has another parameter.
+        """
+        idle, before = all(shard.grad is None for shard in shards), self._idle.get(optimizer)
+        self._idle[optimizer] = idle
+        if model is None or not (before is None or (idle and not before)):
+            return
+        now = set(model.parameters())
+        lost = {
+            param: [piece.layer for piece in parts[param].slices]
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param in parts and param not in now and param.grad is None
+        }
+        if lost:  # or gathered, or taken out of the modules for a while, as FSDP does
+            check_replaced(lost, view_model(model), parts, type(optimizer).__name__)
+
+
+def check_replaced(
+    params: Mapping[Tensor, Sequence[str]],
+    view: ModelView,
+    bound: Collection[Tensor] = (),
+    holder: str = "the optimizer",
+) -> None:
+    """Look for the layers of `params` in the model as it is now.
+
+    One that is gone (an adapter that was taken out) is no fault, nor one whose successor the optimizer has
+    too (`bound`), nor one that is not trained.
+
+    Raises:
+        BindingError: for a layer in whose place the model has another parameter.
+    """
+    lost = [p for p in params if p.requires_grad and p not in view.names and p not in view.parts]
+    if not lost:
+        return
+    now = {fqn: tensor for tensor, fqn in view.names.items()}
+    now |= {piece.layer: tensor for tensor, part in view.parts.items() for piece in part.slices}
+    for fqn in (fqn for p in lost for fqn in params[p]):
+        successor = now[fqn] if fqn in now else _parametrized(fqn, now)
+        if successor is not None and successor.requires_grad and successor not in bound:
+            raise BindingError(
+                f"layer {fqn!r} of the model is another parameter now than the one that {holder} holds, "
+                "which gets no gradient any more: the model was sharded, resized, moved or parametrized "
+                "after the optimizer was built; build the optimizer after that"
+            )
+
+
+def _parametrized(fqn: str, now: Mapping[str, Tensor]) -> Tensor | None:
+    path, _, name = fqn.rpartition(".")
+    inside = ".".join(filter(None, (path, "parametrizations", name))) + "."
+    return next((tensor for other, tensor in now.items() if other.startswith(inside)), None)

@@ -1,0 +1,68 @@
+"""Whether the layers are those of one stage of a pipeline: what lies before and after is not known here."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+_STAGES = "torch.distributed.pipelining.stage"
+_AXES = ("pp", "pipe", "pipeline", "stage")
+_NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
+
+
+def is_stage(params: Sequence[Tensor], model: Module | None, fqns: Iterable[str]) -> bool:
+    """Whether `model`, or `params` (named `fqns`) where there is none, show that they are a part of a model.
+
+    It shows by torch's pipeline stages, by a mesh that was cut out of one with an axis for stages, and by
+    layers whose numbers begin above 0. The first stage of a pipeline that uses neither looks like a model.
+    """
+    shown = list(params) if model is None else list(model.parameters())
+    if _in_stages(set(shown)) or any(_has_stage_axis(p) for p in shown if isinstance(p, DTensor)):
+        return True
+    if model is None:
+        return _begins_late(fqns)
+    return any(_misses_first(module) for module in model.modules())
+
+
+def _in_stages(shown: set[Tensor]) -> bool:
+    """Whether all parameters belong to this rank's stages, and other ranks have more of these."""
+    module = sys.modules.get(_STAGES)
+    if module is None or not shown:
+        return False
+    # By type(), since isinstance asks proxies, whose object may be gone.
+    stages = [o for o in gc.get_objects() if issubclass(type(o), module._PipelineStageBase)]
+    own = [stage for stage in stages if not shown.isdisjoint(stage.submod.parameters())]
+    inside = {p for stage in own for p in stage.submod.parameters()}
+    return shown <= inside and any(stage.num_stages > len(own) for stage in own)
+
+
+def _has_stage_axis(param: DTensor) -> bool:
+    mesh = param.device_mesh
+    find = getattr(mesh, "_get_root_mesh", None)
+    root = mesh if find is None else find()
+    own, names = mesh.mesh_dim_names or (), root.mesh_dim_names or ()
+    return any(name in _AXES and name not in own and root.size(i) > 1 for i, name in enumerate(names))
+
+
+def _misses_first(module: Module) -> bool:
+    """Whether a container's children, also those without weights, are numbered from above 0 without a gap."""
+    return _is_late({int(name) for name, _ in module.named_children() if name.isdecimal()})
+
+
+def _begins_late(fqns: Iterable[str]) -> bool:
+    """The same by names alone, of at least two: a layer behind one without weights is no late one."""
+    numbers: dict[str, set[int]] = {}
+    for fqn in fqns:
+        for found in _NUMBERED.finditer(fqn):
+            numbers.setdefault(fqn[: found.start(2)], set()).add(int(found[2]))
+    return any(len(own) > 1 and _is_late(own) for own in numbers.values())
+
+
+def _is_late(numbers: set[int]) -> bool:
+    return bool(numbers) and min(numbers) > 0 and max(numbers) - min(numbers) + 1 == len(numbers)
