@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim.adam import Adam, adam
 
 from sharded_spd.agree import agree
+from sharded_spd.binding import Binding
 from sharded_spd.engines.base import EngineAdapter
-from sharded_spd.engines.plain import ParameterAdapter, known_groups
-from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.engines.plain import ParameterAdapter, is_left_alone, known_groups
+from sharded_spd.errors import BindingError
 from sharded_spd.fused import Lists, fused_adam, may_fuse
-from sharded_spd.groups import check_fingerprint, keep_shown, num_layers, take_group
+from sharded_spd.groups import check_fingerprint, keep_shown, num_layers, rests, take_group
 from sharded_spd.projector import Projector
 from sharded_spd.rules import Rule
 from sharded_spd.sources import GroupResolver, GroupSpec, Source
@@ -112,9 +114,15 @@ class AdamSPD(Adam):
 
     def bind(self, model: Module | None = None) -> None:
         """Bind the anchors, or bind anew after sharding; see `Projector.bind`."""
-        first = not self.projector.bound
-        self.projector.bind(model)
-        self._after_bind(loaded=first)
+        # A checkpoint may have been loaded before the first binding: the groups show its fingerprints then.
+        self.projector.bind(model, vet=None if self.projector.bound else self._vet)
+        self._after_bind()
+
+    def _vet(self, binding: Binding) -> None:
+        prints = self.projector.group_fingerprints(self, self._adapter.replicas, binding)
+        check = partial(self._check_fingerprints, self.param_groups, prints)
+        for spec, left in zip(self._specs, agree(check, self._adapter.agreement_groups), strict=True):
+            spec.unchecked = left
 
     def move_to(self, adapter: EngineAdapter, *, together: bool = False) -> Projector:
         """Project what an engine made of the parameters; bound anchors move along, cut to its shards.
@@ -124,19 +132,17 @@ class AdamSPD(Adam):
         names = {fqn: adapter.names.get(param, fqn) for fqn, param in self._adapter.params.items()}
         held = {names[fqn]: anchor for fqn, anchor in self.projector.export_anchors().items()}
         projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True, together=together)
-        self._projector = projector
         projector.adopt(held, {})
+        self._projector = projector
         self._after_bind()
         return projector
 
-    def _after_bind(self, *, loaded: bool = False) -> None:
-        """Show the fingerprints; `loaded`: a checkpoint may have been loaded before, whose they then are."""
+    def _after_bind(self) -> None:
+        """Show the fingerprints, and let go of what was given."""
         if not self.projector.bound:
             return
         # Inside of an optimizer that shares the parameters out, a group's layers are on all ranks together.
         prints = self.projector.group_fingerprints(self, self._adapter.replicas)
-        if loaded:
-            self._check_fingerprints(self.param_groups, prints)
         for spec, group, fingerprint in zip(self._specs, self.param_groups, prints, strict=True):
             spec.shown["anchor_fingerprint"] = fingerprint
             group.update(spec.shown)
@@ -144,7 +150,7 @@ class AdamSPD(Adam):
                 spec.pre, spec.anchor = None, "snapshot"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, and bind its anchors at once where the others are bound.
+        """Add a group, and bind its anchors at once where the others are bound; what fails changes nothing.
 
         Raises:
             ValueError: for a negative lambda, an unknown rule, or lists of another length than `params`.
@@ -153,17 +159,16 @@ class AdamSPD(Adam):
         spec = take_group(group, len(self.param_groups), self._adapter.names, self._specs)
         super().add_param_group(group)
         self._specs.append(spec)
-        self._deferred |= group["anchor"] == "deferred"
         if self._projector is not None and self._projector.bound:
             try:
                 self.bind()
             except Exception:  # the group is taken out again, so that the optimizer can go on without it
                 self.param_groups.pop()
                 self._specs.pop()
-                with suppress(AnchorError, BindingError):  # then steps raise, until a bind() succeeds
-                    self.projector.bind()
                 raise
+        self._deferred |= spec.shown["anchor"] == "deferred"
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Adam, and the projection.
@@ -204,6 +209,9 @@ class AdamSPD(Adam):
         """What an optimizer around this one has copied into the groups, out of a checkpoint it may be."""
         for g, (spec, group) in enumerate(zip(self._specs, self.param_groups, strict=False)):
             own = spec.shown.get("anchor_fingerprint")
+            if own is not None and spec.unchecked is not None and not rests(spec, group):
+                check_fingerprint(spec.unchecked, own, group=g, num_params=_count(group))
+                spec.unchecked = None
             if own is not None and self._adapter.replicas is not None:
                 check_fingerprint(
                     group.get("anchor_fingerprint", own), own, group=g, num_params=num_layers(own)
@@ -254,27 +262,65 @@ class AdamSPD(Adam):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore moments, group scalars and rule state; rule and anchor stay those of this optimizer.
 
+        Hooks see and may change what torch's would: those before it the checkpoint in any format, those after
+        it the groups as they are in the end. A checkpoint that is refused changes nothing. One of a group
+        whose lambda is 0 is compared once it is not.
+
         Raises:
             AnchorError: where the checkpoint was written with another anchor.
         """
+        found: list[Callable[[], None]] = []
+        handles = [
+            self.register_load_state_dict_pre_hook(lambda _, saved: found.append(self._prepare_load(saved))),
+            self.register_load_state_dict_post_hook(lambda _: found.pop()(), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        """Check what is to be loaded; what comes back puts in order what torch has loaded of it."""
+        groups = state_dict["param_groups"]
+        unchecked: list[str | None] = [None] * len(self._specs)
         if self.projector.bound:
             own = [spec.shown["anchor_fingerprint"] for spec in self._specs]
-            self._check_fingerprints(state_dict["param_groups"], own)
+            unchecked = self._check_fingerprints(groups, own)
         strengths = [{k: group[k] for k in ("weight_decay", "max_pull")} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for spec, strength, group, saved in zip(
-            self._specs, strengths, self.param_groups, state_dict["param_groups"], strict=True
-        ):
-            # Of a plain Adam's checkpoint the weight_decay is another thing than lambda.
-            group.update({**spec.shown, **({} if "rule" in saved else strength)})
-        if "projector" in state_dict:
-            self.projector.load_state_dict(state_dict["projector"])
+        own_state = state_dict.get("projector")
+        restore: Callable[[], None] | None = None
+        if own_state is not None and self.projector.bound:
+            restore = self.projector.prepare_load(own_state)
+        elif own_state is not None:
+            restore = partial(self.projector.load_state_dict, own_state)
 
-    def _check_fingerprints(self, groups: Sequence[Mapping[str, Any]], prints: Sequence[str]) -> None:
+        def finish() -> None:
+            for spec, strength, group, saved, left in zip(
+                self._specs, strengths, self.param_groups, groups, unchecked, strict=True
+            ):
+                # Of a plain Adam's checkpoint the weight_decay is another thing than lambda.
+                group.update({**spec.shown, **({} if "rule" in saved else strength)})
+                spec.unchecked = left
+            if restore is not None:
+                restore()
+
+        return finish
+
+    def _check_fingerprints(
+        self, groups: Sequence[Mapping[str, Any]], prints: Sequence[str]
+    ) -> list[str | None]:
+        """Compare those in a checkpoint's `groups` with this optimizer's; what is left for later."""
+        left: list[str | None] = [None] * len(self._specs)
         for g, (saved, own, group) in enumerate(zip(groups, prints, self.param_groups, strict=False)):
-            num_params = len(group["params"])
-            if len(saved["params"]) == num_params:
-                check_fingerprint(saved.get("anchor_fingerprint", own), own, group=g, num_params=num_params)
+            theirs = saved.get("anchor_fingerprint", own)
+            if len(saved["params"]) != len(group["params"]):
+                continue
+            if rests(self._specs[g], saved if "rule" in saved else group):
+                left[g] = theirs
+            else:
+                check_fingerprint(theirs, own, group=g, num_params=_count(group))
+        return left
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: Adam's, and this rank's shards of the anchors."""
@@ -300,6 +346,11 @@ class AdamSPD(Adam):
                 self._projector.adopt(*held)
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True
+
+
+def _count(group: Mapping[str, Any]) -> int:
+    """How many of a group's parameters are layers."""
+    return sum(not is_left_alone(p) for p in group["params"])
 
 
 def _listed(params: Any) -> tuple[Any, Exception | None]:

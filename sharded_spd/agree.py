@@ -13,6 +13,7 @@ from sharded_spd import errors
 from sharded_spd.layout import ShardLayout
 
 T = TypeVar("T")
+E = TypeVar("E", bound="tuple[Any, ...]")
 _KINDS: dict[str, type[Exception]] = {
     c.__name__: c
     for c in (
@@ -45,13 +46,21 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
         result.append(action())
     except Exception as error:  # raised again below, once every rank knows
         failure = error
-    raise_first(failure, _flood(told_of(failure), groups))
+    raise_first(failure, flood(told_of(failure), groups))
     return result[0]
 
 
 def anywhere(flag: bool, groups: Sequence[ProcessGroup]) -> bool:
     """Whether `flag` is set on any rank that `groups` connect."""
-    return bool(_flood([(dist.get_rank(), "", "")] if flag and groups else [], groups)) or flag
+    return bool(flood([(dist.get_rank(), "", "")] if flag and groups else [], groups)) or flag
+
+
+def differing(own: Mapping[str, str], groups: Sequence[ProcessGroup]) -> dict[str, list[str]]:
+    """The keys for which the ranks that `groups` connect have different values, and these."""
+    found: dict[str, list[str]] = {}
+    for _, key, value in flood([(0, key, value) for key, value in own.items()], groups):
+        found.setdefault(key, []).append(value)
+    return {key: values for key, values in found.items() if len(values) > 1}
 
 
 def told_of(failure: Exception | None) -> list[Failure]:
@@ -75,8 +84,8 @@ def raise_first(own: Exception | None, failures: Sequence[Failure]) -> None:
         raise _KINDS.get(kind, RuntimeError)(f"rank {rank} failed: {text}")
 
 
-def _flood(own: list[Failure], groups: Sequence[ProcessGroup]) -> list[Failure]:
-    """The failures of all ranks that `groups` connect.
+def flood(own: list[E], groups: Sequence[ProcessGroup]) -> list[E]:
+    """The entries, such as failures, of all ranks that `groups` connect, sorted, each once.
 
     Every rank takes its groups in the order of their ranks, so that none waits for one that waits for it.
     Forth and back, so that word also reaches ranks that share no group with the one that failed; back only
@@ -86,19 +95,19 @@ def _flood(own: list[Failure], groups: Sequence[ProcessGroup]) -> list[Failure]:
     ordered = sorted(groups, key=dist.get_process_group_ranks)
     twice = []
     for group in ordered:
-        gathered: list[tuple[int, list[Failure]]] = [(0, []) for _ in range(group.size())]
+        gathered: list[tuple[int, list[E]]] = [(0, []) for _ in range(group.size())]
         dist.all_gather_object(gathered, (len(ordered), found), group=group)
         found = _merged([entries for _, entries in gathered])
         if any(num_groups > 1 for num_groups, _ in gathered):
             twice.append(group)
     for group in reversed(twice):
-        again: list[list[Failure]] = [[] for _ in range(group.size())]
+        again: list[list[E]] = [[] for _ in range(group.size())]
         dist.all_gather_object(again, found, group=group)
         found = _merged(again)
     return found
 
 
-def _merged(lists: Sequence[list[Failure]]) -> list[Failure]:
+def _merged(lists: Sequence[list[E]]) -> list[E]:
     return sorted({entry for entries in lists for entry in entries})
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
@@ -14,6 +16,7 @@ from torch.optim import Optimizer
 from sharded_spd.adam import AdamSPD
 from sharded_spd.agree import agree
 from sharded_spd.config import SPDConfig, load_config
+from sharded_spd.copies import watch_copies
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.deepspeed import (
     data_parallel_group,
@@ -38,7 +41,8 @@ def attach(
     """Project the layers that `target` steps toward their anchors, whatever optimizer it is.
 
     Works through the step hooks of `torch.optim.Optimizer`; the optimizer's type and state are left alone. A
-    closure is wrapped: the statistics are taken when it returns.
+    closure is wrapped: the statistics are taken when it returns. A step that calls the step of its base class
+    is one step. A copy or a pickle of the optimizer is plain, and warns at its first step.
 
     Args:
         target: an optimizer, a sequence of optimizers over one model, a wrapper around one (accelerate,
@@ -110,7 +114,13 @@ def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver)
     for optimizer in adapter.optimizers:
         _ATTACHED[optimizer] = ref(projector)
         pre, post = _hooks(projector)
-        projector.add_hooks([optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)])
+        projector.add_hooks(
+            [
+                optimizer.register_step_pre_hook(pre),
+                optimizer.register_step_post_hook(post),
+                watch_copies(optimizer),
+            ]
+        )
     return projector
 
 
@@ -190,8 +200,25 @@ def _check_no_flat(optimizer: Optimizer) -> None:
         )
 
 
+_HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
+"""What calls a step and its hooks: one for each class whose step calls that of its base class."""
+
+
+def _inside_another(optimizer: Optimizer) -> bool:
+    """Whether a hook was called by a step that a step of the same optimizer has called."""
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None and found < 2:
+        found += frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found == 2
+
+
 def _hooks(projector: Projector) -> tuple[Callable[..., Any], Callable[..., None]]:
+    @_disable_dynamo
     def pre(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _inside_another(optimizer):
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             projector.before_step(optimizer)
@@ -201,8 +228,10 @@ def _hooks(projector: Projector) -> tuple[Callable[..., Any], Callable[..., None
             kwargs if len(args) > 1 else {**kwargs, "closure": wrapped}
         )
 
+    @_disable_dynamo
     def post(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        projector.after_step(optimizer)
+        if not _inside_another(optimizer):
+            projector.after_step(optimizer)
 
     return pre, post
 

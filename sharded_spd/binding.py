@@ -64,7 +64,10 @@ class HeldAnchor:
 
 @dataclass(slots=True)
 class Binding:
-    """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks."""
+    """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks.
+
+    `plain`: the kinds of device on which the ranks have different kernels, so that all take plain torch.
+    """
 
     layout: ShardLayout
     options: Mapping[str, LayerSettings]
@@ -74,6 +77,7 @@ class Binding:
     fingerprints: dict[str, tuple[int, ...]] = field(default_factory=dict)
     elsewhere: dict[str, tuple[int, ...]] = field(default_factory=dict)
     found: Found = field(default_factory=Found)
+    plain: frozenset[str] = frozenset()
 
     @property
     def fingerprint(self) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sharded_spd.binding import cut
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import BindingError
@@ -12,6 +15,9 @@ from sharded_spd.plan import Plan
 
 Layers = dict[str, dict[str, Any]]
 """By FQN: "layer.NAME" a 0-d float64 tensor, "shard.NAME" a tensor like the parameter."""
+
+Moves = list[tuple[Tensor, Tensor]]
+"""Pairs of a target and what it shall become."""
 
 
 def export_layers(plans: Iterable[Plan], adapter: EngineAdapter) -> Layers:
@@ -34,19 +40,22 @@ def stateful_layers(plans: Iterable[Plan]) -> dict[str, None]:
     return {fqn: None for fqns, spec in specs if spec.layer_state or spec.shard_state for fqn in fqns}
 
 
-def restore_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mapping[str, Any]) -> None:
-    """Put exported state back (the plans' state is modified in place).
+def find_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mapping[str, Any]) -> Moves:
+    """Where each part of exported state is to go; nothing is changed yet.
 
     Raises:
         BindingError: for a shard of another size: it was saved for another layout and not resharded.
     """
+    moves: Moves = []
     for plan in plans:
         for part in plan.parts:
             for i, fqn in enumerate(part.fqns):
                 saved = layers.get(fqn, {})
-                for name, values in part.state.items():
-                    if f"layer.{name}" in saved:
-                        values[i] = saved[f"layer.{name}"]
+                moves += [
+                    (values[i], torch.as_tensor(saved[f"layer.{name}"]))
+                    for name, values in part.state.items()
+                    if f"layer.{name}" in saved
+                ]
                 for name, values in plan.shard_states.get(fqn, {}).items():
                     if f"shard.{name}" not in saved:
                         continue
@@ -57,7 +66,8 @@ def restore_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mappin
                             f"elements for this rank, wanted {values.numel()}; load it through "
                             "torch.distributed.checkpoint, which reshards it"
                         )
-                    values.copy_(local)
+                    moves.append((values, local))
+    return moves
 
 
 def move_layers(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sharded_spd.engines.plain import is_left_alone
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.names import clean_fqns
 from sharded_spd.rules import make_rule
@@ -60,7 +61,10 @@ def take_group(
     # Equal rules are one: the projector settles all layers of an instance at once.
     rule = next((s.rule for s in others if s.rule == rule), rule)
     anchor = open_source("snapshot" if pre is not None else source)
-    spec = GroupSpec(rule, anchor, pre[: len(params)] if pre is not None else None)
+    if pre is not None:
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        pre = [w for w, p in zip(pre, tensors, strict=False) if not is_left_alone(p)]
+    spec = GroupSpec(rule, anchor, pre)
     spec.shown = {"rule": rule.name, "anchor": "pre" if pre is not None else source_name(source)}
     group.update(spec.shown)
     return spec
@@ -100,15 +104,26 @@ def _check_range(key: str, value: Any, low: float, high: float) -> None:
         raise ConfigError(f"got {key} {value}; wanted {low} <= {key} < {high}")
 
 
-def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> None:
-    """Compare a group's fingerprint, "HASH/LAYERS", with the one in a checkpoint.
+def rests(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
+    """Whether a group asks nothing of its anchors: its rule has a strength, and that is the number 0."""
+    asks = spec.rule.spec.anchored and not spec.rule.spec.decays
+    return asks and not isinstance(group["weight_decay"], Tensor) and group["weight_decay"] == 0
 
-    One of fewer layers than the group has parameters is of one rank's share only, and tells nothing.
+
+def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> None:
+    """Compare a group's fingerprint, "HASH/LAYERS/NAMED:HASH OF THE VALUES", with the one in a checkpoint.
+
+    Where one of the two was made without names the values count alone. One of fewer layers than the group has
+    parameters is of one rank's share only, and tells nothing.
 
     Raises:
         AnchorError: where they differ.
     """
-    if saved == own or num_layers(saved, num_params) < num_params:
+    theirs, mine = saved.split("/"), own.split("/")
+    if theirs[0] == mine[0] or num_layers(saved, num_params) < num_params:
+        return
+    by_value = [parts[2].partition(":") for parts in (theirs, mine) if len(parts) > 2]
+    if len(by_value) == 2 and by_value[0][0] != by_value[1][0] and by_value[0][2] == by_value[1][2]:
         return
     raise AnchorError(
         f"group {group} of the checkpoint was written with anchor fingerprint {saved}, this optimizer has "
@@ -119,5 +134,5 @@ def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> N
 
 def num_layers(fingerprint: str, unknown: int = 0) -> int:
     """How many layers a group's fingerprint is of."""
-    count = fingerprint.partition("/")[2]
+    count = fingerprint.partition("/")[2].partition("/")[0]
     return int(count) if count.isdigit() else unknown

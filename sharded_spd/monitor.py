@@ -7,45 +7,89 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sharded_spd import warn
+from sharded_spd.agree import flood, union
 from sharded_spd.binding import Binding, flat
+from sharded_spd.errors import ConfigError
 from sharded_spd.hostvec import LateScalar
 from sharded_spd.layout import BoundShard
 from sharded_spd.plan import Plan
 from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
-from sharded_spd.telemetry import JsonLines, summarize
+from sharded_spd.telemetry import JsonLines, numbers_of, summarize
 
 
 class Monitor:
     """Counts engine steps and reports them; between reports nothing leaves the device."""
 
     def __init__(self, every: int = 0, path: str | None = None) -> None:
-        self._every = every
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        self._log = JsonLines(path) if path and first else None
+        self._every, self._path = every, path
+        self._log: JsonLines | None = None
         self._excess = LateScalar()
         self._warned = False
-        self.num_steps = 0
+        self._unwritten = False
+        self._counter = StepCounter()
+
+    @property
+    def num_steps(self) -> int:
+        """Engine steps in which something moved; waits for the device where a scaler may have skipped one."""
+        return self._counter.read()
+
+    @num_steps.setter
+    def num_steps(self, number: int) -> None:
+        self._counter.start(number)
+
+    def open(self, first: bool) -> None:
+        """Make sure that the file can be written; `first`: on this rank, which has it.
+
+        Raises:
+            ConfigError: it cannot be opened.
+        """
+        if not first or self._path is None or self._log is not None:
+            return
+        try:
+            self._log = JsonLines(self._path)
+        except OSError as error:
+            raise ConfigError(
+                f"telemetry.path: {self._path} cannot be opened to add lines to: {error.strerror}; give a "
+                "file that the first rank can write"
+            ) from error
+
+    def note(self, moves: bool, skipped: Tensor | None) -> None:
+        """Note an inner step: whether it moves a layer, and which layers `[num_layers]` a scaler skipped."""
+        self._counter.note(moves, skipped)
 
     def step(self, plans: Sequence[Plan], norms: Mapping[str, float]) -> None:
-        """Note that an engine step is done."""
-        self.num_steps += 1
+        """Note that an engine step is done; one in which nothing moved, as far as the host knows, is none."""
+        if not self._counter.step():
+            return
         self._watch(plans)
-        if self._every and self.num_steps % self._every == 0:
-            record = self.metrics(plans, norms)
-            if self._log is not None:
-                self._log.write(record)
+        if self._log is not None and self._every and self._counter.seen % self._every == 0:
+            self._write(self._log, self.metrics(plans, norms))
 
-    def metrics(self, plans: Sequence[Plan], norms: Mapping[str, float]) -> dict[str, Any]:
-        """Numbers of the last engine step; waits for the device."""
+    def _write(self, log: JsonLines, record: Mapping[str, Any]) -> None:
+        """No rank may end its training, and leave the others waiting, because a disk is full."""
+        try:
+            log.write(record)
+        except OSError as error:
+            if not self._unwritten:
+                self._unwritten = True
+                warn.about_telemetry(self._path, error)
+
+    def metrics(
+        self, plans: Sequence[Plan], norms: Mapping[str, float], ranks: ProcessGroup | None = None
+    ) -> dict[str, Any]:
+        """Numbers of the last engine step, of the layers of all `ranks` together; waits for the device."""
         reports = [
             (part.fqns, plan.reports[p])
             for plan in plans
             for p, part in enumerate(plan.parts)
             if p in plan.reports and part.rule.spec.anchored
         ]
-        return {"step": self.num_steps, **summarize(reports, norms)}
+        frozen = {fqn for plan in plans for fqn in plan.frozen}
+        return {"step": self.num_steps, **summarize(union(numbers_of(reports, norms, frozen), ranks))}
 
     def _watch(self, plans: Sequence[Plan]) -> None:
         """Warn once of a pull beyond 1; on a GPU some steps late rather than wait for it."""
@@ -64,6 +108,66 @@ class Monitor:
         if excess is not None and excess > 1:
             self._warned = True
             warn.about_excess(excess)
+
+
+class StepCounter:
+    """Engine steps in which something moved; what a scaler skipped is counted on the device."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        """The same, with those that were skipped as only a GPU knows."""
+        self._known = 0
+        self._on_device: Tensor | None = None
+        self._moved = False
+        self._skipped: list[Tensor] = []
+
+    def start(self, number: int) -> None:
+        """Count on from `number`."""
+        self.seen = self._known = number
+        self._on_device = None
+
+    def read(self) -> int:
+        """The number of steps; waits for the device where it counts."""
+        return self._known + (int(self._on_device) if self._on_device is not None else 0)
+
+    def note(self, moves: bool, skipped: Tensor | None) -> None:
+        """Note an inner step of the engine step under way; see `Monitor.note`."""
+        if moves and skipped is not None and skipped.numel():
+            self._skipped.append(skipped.all())
+        self._moved |= moves and skipped is None
+
+    def step(self) -> bool:
+        """End the engine step; whether something moved in it, True where the host cannot tell."""
+        moved, skipped = self._moved, self._skipped
+        self._moved, self._skipped = False, []
+        if not moved and skipped:
+            first = skipped[0]
+            moving = ~torch.stack([one.to(first.device, non_blocking=True) for one in skipped]).all()
+            if not first.is_cuda:
+                moved = bool(moving)
+            elif torch.cuda.is_current_stream_capturing():
+                moved = True  # what a graph holds is not run now
+            else:
+                total = (
+                    self._on_device
+                    if self._on_device is not None
+                    else torch.zeros_like(moving, dtype=torch.long)
+                )
+                self._on_device = total.to(first.device) + moving
+                self.seen += 1
+                return True
+        self._known += moved
+        self.seen += moved
+        return moved
+
+
+def is_first(groups: Sequence[ProcessGroup]) -> bool:
+    """Whether this rank has the lowest number of all that `groups` connect; collective over them.
+
+    Without groups: of all ranks of the job, among which may be replicas that nothing tells of.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return rank == (flood([(rank,)], groups)[0][0] if groups else 0)
 
 
 @torch.no_grad()

@@ -80,6 +80,8 @@ class Plan:
         self.pieces: dict[str, ShardSlice] = {}
         self.shard_states: dict[str, dict[str, Tensor]] = {}
         self.reports: dict[int, dict[str, Tensor]] = {}
+        self.frozen: set[str] = set()
+        """Layers that were frozen, and without a gradient, in the last step."""
 
     def _make_parts(self, binding: Binding) -> list[RulePart]:
         by_rule: dict[int, tuple[Rule, list[str]]] = {}

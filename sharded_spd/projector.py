@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, anywhere, check_same, union
-from sharded_spd.anchors.fingerprint import combine
+from sharded_spd.agree import agree, anywhere, check_same, differing, union
+from sharded_spd.anchors.fingerprint import combine, combine_nameless
 from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
-from sharded_spd.carry import export_layers, move_layers, restore_layers, stateful_layers
+from sharded_spd.carry import Moves, export_layers, find_layers, move_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.kernels import backend_names
 from sharded_spd.layout import BoundShard
-from sharded_spd.monitor import Monitor, measure_deviation
+from sharded_spd.monitor import Monitor, is_first, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
 from sharded_spd.step import Step
 from sharded_spd.unbound import check_unbound
 from sharded_spd.verdict import Evidence, Verdict
+
+
+class Removable(Protocol):
+    """What `detach` takes off again: a hook's handle, for one."""
+
+    def remove(self) -> None:
+        """Take it off."""
+        ...
 
 
 class Projector:
@@ -57,10 +65,9 @@ class Projector:
         self._calls: dict[Optimizer, list[Plan]] = {}
         self._turns: dict[Optimizer, int] = {}
         self._stateful = False
-        self._moved = False
         self._loaded: dict[str, Any] = {}
         self._seed: dict[str, HeldAnchor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Removable] = []
         self._detached = False
         self._failure: Exception | None = None
         self._monitor = Monitor(telemetry_every, telemetry_path)
@@ -93,9 +100,15 @@ class Projector:
         binding = self._require()
         return {**binding.elsewhere, **binding.fingerprints}
 
-    def group_fingerprints(self, optimizer: Optimizer, ranks: ProcessGroup | None = None) -> list[str]:
-        """The anchors' fingerprint of each param group, as "HASH/LAYERS", over all `ranks` together."""
-        known = self._require().fingerprints
+    def group_fingerprints(
+        self, optimizer: Optimizer, ranks: ProcessGroup | None = None, binding: Binding | None = None
+    ) -> list[str]:
+        """The anchors' fingerprint of each param group over all `ranks` together.
+
+        "HASH/LAYERS/NAMED:HASH", the second hash that of the values without the layers' names, NAMED "named"
+        or "unnamed"; of a `binding` that is not in force yet, where one is given.
+        """
+        known = (self._require() if binding is None else binding).fingerprints
         number = {id(group): str(g) for g, group in enumerate(optimizer.param_groups)}
         layers = {
             f"{number[id(shard.param_group)]} {piece.layer}": known[piece.layer]
@@ -107,7 +120,8 @@ class Projector:
         for key, prints in union(layers, ranks).items():
             g, _, fqn = key.partition(" ")
             groups[int(g)][fqn] = prints
-        return [f"{combine(own)}/{len(own)}" for own in groups]
+        named = "named" if self._adapter.named else "unnamed"
+        return [f"{combine(own)}/{len(own)}/{named}:{combine_nameless(own.values())}" for own in groups]
 
     def _require(self) -> Binding:
         if self._binding is None:
@@ -117,11 +131,12 @@ class Projector:
         return self._binding
 
     @torch.no_grad()
-    def bind(self, model: Module | None = None) -> None:
+    def bind(self, model: Module | None = None, *, vet: Callable[[Binding], None] | None = None) -> None:
         """Bind, or bind anew after sharding or adding groups; what is bound already is never snapshot again.
 
         Call it once the pre-trained weights are loaded and before a checkpoint is resumed. Collective over
-        the layout's scopes.
+        the layout's scopes. What is bound stays in force where it fails; `vet` may refuse the new binding, on
+        all ranks alike.
 
         Raises:
             AnchorError: where an anchor does not fit or cannot be read; on all ranks.
@@ -130,17 +145,23 @@ class Projector:
         """
         if self._detached:
             raise BindingError("this projector was detached and is not called any more; call attach() anew")
-        try:
-            self._catch_up()
-            self._meet("called bind() (AdamSPD.add_param_group binds, too)")
-            self._bind(model, required=True)
-        except Exception as error:
-            # The adapter may describe the new parameters and the binding the old ones: no step may use both.
-            self._failure = error if self._binding is not None else None
-            raise
+        self._catch_up()
+        self._meet("called bind() (AdamSPD.add_param_group binds, too)")
+        self._bind(model, required=True, vet=vet)
         self._failure = None
 
-    def _bind(self, model: Module | None, *, required: bool) -> None:
+    def _bind(
+        self, model: Module | None, *, required: bool, vet: Callable[[Binding], None] | None = None
+    ) -> None:
+        undo = self._adapter.keep()
+        try:
+            self._bind_anew(model, required, vet)
+        except Exception:
+            undo()
+            raise
+
+    def _bind_anew(self, model: Module | None, required: bool, vet: Callable[[Binding], None] | None) -> None:
+        """Make everything of the new binding beside what is in force, and put it in place at the end."""
         self._adapter.take_model(model)
         groups = self._adapter.agreement_groups
         layout = agree(self._adapter.layout, groups)
@@ -153,6 +174,7 @@ class Projector:
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
+        agree(partial(self._monitor.open, is_first(groups)), groups)
         old, renamed = self._binding, layout.renamed
         shards = agree(self._shards, groups)
         owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
@@ -164,13 +186,22 @@ class Projector:
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
         binding = bind(shards, layout, options, held, fresh, groups)
         agree(lambda: self._vouch(binding, renamed), groups)
-        plans, self._binding, self._plans = list(self._plans.values()), binding, {}
+        pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
+        devices = {shard.tensor.device.type for shard in pulled}
+        unlike = differing(agree(lambda: backend_names(devices), groups), groups)
+        binding.plain = frozenset(unlike)
+        warn.about_kernels(unlike)
+        plans, calls = agree(partial(self._make_plans, binding, renamed), groups)
+        stateful = bool(union(stateful_layers(plans.values()), layout.everywhere))
+        restore = self._prepare_restore(self._loaded, binding, plans.values())
+        if vet is not None:
+            vet(binding)
+        self._binding, self._plans, self._calls, self._stateful = binding, plans, calls, stateful
         self._rosters.clear()
-        agree(partial(self._make_plans, plans, renamed), groups)
-        self._stateful = bool(union(stateful_layers(self._plans.values()), layout.everywhere))
+        self._turns.clear()
         self._adapter.mark(binding.fingerprint)
         if old is None:
-            self._restore(self._loaded)
+            restore()
             self._loaded, self._seed = {}, {}
             warn.about_binding(binding, shards)
 
@@ -186,25 +217,33 @@ class Projector:
     def _shards(self) -> list[BoundShard]:
         return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
 
-    def _make_plans(self, old: Sequence[Plan], renamed: Mapping[str, str]) -> None:
-        self._calls = {
-            optimizer: [self._plan(call, old, renamed) for call in self._adapter.inner_steps(optimizer)]
-            for optimizer in self._adapter.optimizers
+    def _make_plans(
+        self, binding: Binding, renamed: Mapping[str, str]
+    ) -> tuple[dict[tuple[str, ...], Plan], dict[Optimizer, list[Plan]]]:
+        """All plans of a new binding, with the state of those in force, and those of each optimizer."""
+        plans: dict[tuple[str, ...], Plan] = {}
+        calls = {
+            o: [self._plan(call, binding, plans, renamed) for call in self._adapter.inner_steps(o)]
+            for o in self._adapter.optimizers
         }
-        self._turns.clear()
+        return plans, calls
 
     def _plan(
-        self, shards: Sequence[BoundShard], old: Sequence[Plan] = (), renamed: Mapping[str, str] | None = None
+        self,
+        shards: Sequence[BoundShard],
+        binding: Binding,
+        plans: dict[tuple[str, ...], Plan],
+        renamed: Mapping[str, str],
     ) -> Plan:
+        """The one of `plans` for these shards; one that is made now (and added) takes over their state."""
         fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
-        if fqns not in self._plans:
-            binding = self._require()
+        if fqns not in plans:
             device = shards[0].tensor.device if shards else torch.device("cpu")
             plan = Plan(fqns, binding, device)
             plan.prepare_shard_states(binding, shards)
-            move_layers([*old, *self._plans.values()], [plan], binding.layout.shapes, renamed or {})
-            self._plans[fqns] = plan
-        return self._plans[fqns]
+            move_layers([*self._plans.values(), *plans.values()], [plan], binding.layout.shapes, renamed)
+            plans[fqns] = plan
+        return plans[fqns]
 
     def _roster(self, plan: Plan, shards: Sequence[BoundShard]) -> Roster:
         roster = self._rosters.get(plan.fqns)
@@ -276,7 +315,7 @@ class Projector:
                 f"the optimizer steps {len(fqns)} layers that it did not step together when the anchors were "
                 "bound: a param group was added, taken away or changed; call bind() on every rank"
             )
-        return self._plan(shards)
+        return self._plan(shards, self._require(), self._plans, {})
 
     def _start(self, step: Step) -> None:
         """Reduce what is needed ahead of the base step, if anything is."""
@@ -313,15 +352,12 @@ class Projector:
         with step.trying():
             step.add_after()
         self._waiting.append(step)
-        self._moved |= step.moves
         last = self._adapter.boundary(optimizer)
         # Without a scope there is nothing to be reduced, and so nothing to wait for.
         if last or not self._together or not self._binding.layout.scopes:
             self._project()
         if last:
             self._turns.clear()
-        if last and self._moved:
-            self._moved = False
             self._monitor.step(list(self._plans.values()), self._require().norms)
 
     def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
@@ -366,6 +402,8 @@ class Projector:
             evidence = [found for step in steps if (found := step.evidence()) is not None]
             self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
+            for step in steps:
+                self._monitor.note(step.moves, step.skipped)
         except Exception:
             self._turns.clear()
             raise
@@ -458,7 +496,7 @@ class Projector:
         else:
             self._hear(reduce_together_([step.reduction()]), [], [step], now=True)
 
-    def add_hooks(self, handles: Sequence[RemovableHandle]) -> None:
+    def add_hooks(self, handles: Sequence[Removable]) -> None:
         """Own the handles of the hooks that call this projector, for `detach`."""
         self._handles.extend(handles)
 
@@ -477,13 +515,17 @@ class Projector:
         self._binding = None
         self._detached = True
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, *, gather: bool = False) -> dict[str, Any]:
         """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
 
-        Waits for the device. Empty of layers before the first step.
+        Of the layers that this rank steps and that are not frozen: all of the model's, the same under every
+        engine, but where ranks have layers of their own (an optimizer that shares the parameters out,
+        experts). There `gather` gives them all, and is collective. Waits for the device. Empty of layers
+        before the first step.
         """
         norms = self._binding.norms if self._binding is not None else {}
-        return self._monitor.metrics(list(self._plans.values()), norms)
+        ranks = self._binding.layout.everywhere if gather and self._binding is not None else None
+        return self._monitor.metrics(list(self._plans.values()), norms, ranks)
 
     def deviation(self) -> dict[str, tuple[float, float]]:
         """|w - w0| and |w0| of every projected layer, now, also of those that only other ranks have.
@@ -521,24 +563,43 @@ class Projector:
         if self._binding is None:
             self._loaded = dict(state_dict)
             return
-        own = self._binding.fingerprint
+        self.prepare_load(state_dict)()
 
-        groups = self._adapter.agreement_groups
-        agree(lambda: vouch.check_saved(state_dict.get("fingerprint", ""), own), groups)
-        self._restore(state_dict)
+    def prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        """Check state that is to be loaded; what comes back loads it. Collective.
 
-    def _restore(self, state_dict: Mapping[str, Any]) -> None:
+        Raises:
+            AnchorError: where it was written with other anchors.
+            BindingError: for a shard of another size.
+        """
+        binding = self._require()
+        groups, saved = self._adapter.agreement_groups, state_dict.get("fingerprint", "")
+        agree(lambda: vouch.check_saved(saved, binding.fingerprint), groups)
+        return self._prepare_restore(state_dict, binding, self._plans.values())
+
+    def _prepare_restore(
+        self, state_dict: Mapping[str, Any], binding: Binding, plans: Iterable[Plan]
+    ) -> Callable[[], None]:
         groups = self._adapter.agreement_groups
         # The count of one rank may be another: it decides what the guard sends.
-        if anywhere(bool(state_dict.get("num_steps", 0)), groups):
-            self._require().unverified.fresh.clear()
-            self._require().found.away.clear()
+        stepped = anywhere(bool(state_dict.get("num_steps", 0)), groups)
 
+        def find() -> tuple[int, Moves]:
+            num_steps = int(state_dict.get("num_steps", self.num_steps))
+            return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
+
+        num_steps, moves = agree(find, groups)
+
+        @torch.no_grad()
         def restore() -> None:
-            self._monitor.num_steps = int(state_dict.get("num_steps", self.num_steps))
-            restore_layers(self._plans.values(), self._adapter, state_dict.get("layers", {}))
+            self._monitor.num_steps = num_steps
+            if stepped:
+                binding.unverified.fresh.clear()
+                binding.found.away.clear()
+            for target, value in moves:
+                target.copy_(value)
 
-        agree(restore, groups)
+        return restore
 
     def export_anchors(self) -> dict[str, HeldAnchor]:
         """This rank's shards of the anchors, for a copy of the optimizer in another place."""

@@ -106,7 +106,7 @@ class Roster:
         carried = ahead([(item.tensors.anchor, item.tensors.weight.device) for item in live])
         for item, anchor in zip(live, carried, strict=True):
             item.tensors.anchor = anchor
-            item.backend = choose(item.tensors)
+            item.backend = choose(item.tensors, self._binding.plain)
         return live
 
     def _look_at_file(self, item: Item, values: MappedValues) -> None:

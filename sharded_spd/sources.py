@@ -66,13 +66,15 @@ def _refuse_unnamed(what: str, layout: ShardLayout) -> None:
 class GroupSpec:
     """What a param group asked for that is no scalar; `pre`: anchors in the order of its parameters.
 
-    `shown` is what the group itself says of them: names and the anchors' fingerprint.
+    `shown` is what the group itself says of them: names and the anchors' fingerprint. `unchecked` is the
+    fingerprint of a checkpoint that was loaded while lambda was 0, and is compared once it is not.
     """
 
     rule: Rule
     anchor: AnchorStore | Literal["snapshot"]
     pre: Sequence[Tensor | None] | None = None
     shown: dict[str, str] = field(default_factory=dict)
+    unchecked: str | None = None
 
 
 class GroupResolver:

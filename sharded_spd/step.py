@@ -53,7 +53,7 @@ class Step:
         self._roster: Roster | None = None
         self._shards: Sequence[BoundShard] = ()
         self._items: list[Item] = []
-        self._moves = False
+        self._moves = self._scaled = False
         self._edited: dict[int, tuple[Stats, dict[str, Tensor]]] = {}
         self._early = Sums(plan, plan.keys(early=True)) if any(part.early for part in plan.parts) else None
         self._sums = Sums(plan, plan.keys(early=False))
@@ -167,6 +167,11 @@ class Step:
         """What the base optimizer stepped."""
         return self._shards
 
+    @property
+    def skipped(self) -> Tensor | None:
+        """Whether a scaler has the base skip the step, of each layer, once reduced; None without a scaler."""
+        return self._sums.flags[_FOUND_INF] > 0 if self._scaled else None
+
     def add_after(self) -> None:
         """Take the sums after the base step; let go of the gradients."""
         if self._roster is not None:
@@ -217,10 +222,14 @@ class Step:
 
     def _read_scalars(self, roster: Roster, shards: Sequence[BoundShard]) -> None:
         scalars = roster.scalars
+        self._plan.frozen = {
+            p.layer for s in shards if not s.requires_grad and s.grad is None for p in s.slices
+        }
         self._lr, self._weight_decay, self._max_pull = scalars.read()
         self._moves = scalars.moves(shards)
         self._flags[_HAS_GRAD] = scalars.has_grad(shards)
         found_inf = getattr(self.optimizer, "found_inf", None)
+        self._scaled = found_inf is not None
         if found_inf is not None:
             self._flags[_FOUND_INF] = found_inf.to(self._plan.device, non_blocking=True)
         if self._guard is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,15 @@ def about_excess(pull: float) -> None:
     warnings.warn(
         f"a layer was pulled by {pull:.3g} times its deviation: beyond 1 it overshoots its anchor; lower "
         "weight_decay, or set max_pull=1.0",
+        stacklevel=2,
+    )
+
+
+def about_telemetry(path: str | None, error: OSError) -> None:
+    """A line that could not be written."""
+    warnings.warn(
+        f"telemetry.path: {path} cannot be written ({error.strerror or error}): its lines are lost until it "
+        "can; training goes on",
         stacklevel=2,
     )
 
@@ -36,6 +45,17 @@ def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
         "one? When resuming, load the optimizer's or the projector's state too",
         stacklevel=2,
     )
+
+
+def about_kernels(unlike: Mapping[str, Sequence[str]]) -> None:
+    """Ranks with different kernels, by kind of device: their replicas would drift apart in the last bits."""
+    for device_type, names in unlike.items():
+        warnings.warn(
+            f"the ranks have different kernels for {device_type} tensors ({', '.join(names)}): all of them "
+            "take plain torch, which is slower; give every node the same C compiler or Triton, or set "
+            "SHARDED_SPD_KERNELS=reference",
+            stacklevel=2,
+        )
 
 
 def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:

@@ -19,7 +19,7 @@ def block_spans(name: str, num_bytes: int) -> list[tuple[int, int]]:
     last = num_bytes - BLOCK_BYTES
     between = []
     for i in range(_BETWEEN):
-        digest = blake2b(f"{i}:{name}".encode(), digest_size=8).digest()
+        digest = blake2b(f"{i}:{name}".encode(), digest_size=8, usedforsecurity=False).digest()
         between.append(int.from_bytes(digest, "little") % (last + 1))
     return [(begin, begin + BLOCK_BYTES) for begin in (0, *between, last)]
 
@@ -37,7 +37,7 @@ def hash_blocks(tensor: StoredTensor) -> tuple[str, ...]:
                 data = os.pread(file.fileno(), end - begin, tensor.begin + begin)
                 if len(data) != end - begin:
                     raise AnchorError(f"{tensor.path}: truncated while tensor {tensor.name!r} was read")
-                hashes.append(blake2b(data, digest_size=16).hexdigest())
+                hashes.append(blake2b(data, digest_size=16, usedforsecurity=False).hexdigest())
     except OSError as error:
         raise AnchorError(f"{tensor.path}: reading {tensor.name!r} failed: {error.strerror}") from None
     return tuple(hashes)

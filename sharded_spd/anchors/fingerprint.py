@@ -8,7 +8,7 @@ add up to the sum of the whole, so one int64 all-reduce settles all layers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 
 import torch
@@ -94,3 +94,8 @@ def combine(fingerprints: Mapping[str, tuple[int, ...]]) -> str:
     for fqn in sorted(fingerprints):
         digest.update(f"{fqn}:{','.join(str(x) for x in fingerprints[fqn])};".encode())
     return digest.hexdigest()[:32]
+
+
+def combine_nameless(fingerprints: Iterable[tuple[int, ...]]) -> str:
+    """As `combine`, of the values alone, for where one side has no names to key them by."""
+    return combine({str(i).zfill(9): prints for i, prints in enumerate(sorted(fingerprints))})

@@ -1,4 +1,8 @@
-"""State of any depth as tensors by name and a JSON value, and back: no pickle."""
+"""State of any depth as tensors by name and a JSON value, and back: no pickle.
+
+An object with a key like `$tuple` is a tagged value. Keys of the state's own that start with `$` get another
+one in front, so that none is taken for a tag and every mapping with string keys stays a JSON object.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +43,9 @@ def join(value: Any, tensors: Mapping[str, Any]) -> Any:
         return [join(x, tensors) for x in value]
     if not isinstance(value, dict):
         return value
-    tag = next((key[1:] for key in value if key.startswith("$")), None)
+    tag = next((key[1:] for key in value if _is_tag(key)), None)
     if tag is None:
-        return {key: join(x, tensors) for key, x in value.items()}
+        return {key_of(key): join(x, tensors) for key, x in value.items()}
     if tag not in _TAGS or len(value) != 1:
         raise CheckpointError(f"corrupt values: {value!r:.100} has no meaning here")
     return _decode(tag, value[f"${tag}"], tensors)
@@ -58,12 +62,21 @@ def tensor_names(value: Any) -> list[str]:
     return [name for x in value.values() for name in tensor_names(x)]
 
 
+def key_of(encoded: str) -> str:
+    """The key that stands as `encoded` in an encoded mapping."""
+    return encoded[1:] if encoded.startswith("$") else encoded
+
+
+def _is_tag(key: str) -> bool:
+    return key.startswith("$") and not key.startswith("$$")
+
+
 def merge(own: Any, saved: Any) -> Any:
     """The entries of `own`, an encoded state, with the values of `saved` where it has them.
 
     Ranks may have entries that others have not (experts), and only one rank's values are saved.
     """
-    if isinstance(own, dict) and isinstance(saved, dict) and not any(key.startswith("$") for key in own):
+    if isinstance(own, dict) and isinstance(saved, dict) and not any(map(_is_tag, own)):
         return {key: merge(x, saved[key]) if key in saved else x for key, x in own.items()}
     if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
         return [merge(x, y) for x, y in zip(own, saved, strict=True)]
@@ -113,8 +126,11 @@ def _check_text(value: Any, path: str) -> None:
 def _encode_mapping(value: Mapping[Any, Any], path: str, tensors: Tensors) -> Any:
     for key in value:
         _check_text(key, path)
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {key: _encode(x, f"{path}/{key}" if path else key, tensors) for key, x in value.items()}
+    if all(isinstance(key, str) for key in value):
+        return {
+            f"${key}" if key.startswith("$") else key: _encode(x, f"{path}/{key}" if path else key, tensors)
+            for key, x in value.items()
+        }
     pairs = [[_encode(k, path, tensors), _encode(x, f"{path}/{k}", tensors)] for k, x in value.items()]
     return {"$items": pairs}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sharded_spd.checkpoint.ranks import Ranks, everyone
 from sharded_spd.errors import CheckpointError, ConfigError
 from sharded_spd.projector import Projector
 
@@ -24,11 +25,12 @@ def is_engine(model: Any) -> bool:
 
 
 def save(engine: Any, projector: Projector | None, folder: Path) -> None:
-    """Let the engine save itself into `folder`."""
-    if projector is None:
-        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-    else:
-        save_checkpoint(engine, projector, str(folder), tag=_TAG, save_latest=False)
+    """Let the engine save itself into `folder`. Collective.
+
+    Raises:
+        CheckpointError: on every rank, where one could not write.
+    """
+    _save(engine, projector, str(folder), tag=_TAG, save_latest=False)
 
 
 def load(engine: Any, projector: Projector | None, folder: Path) -> None:
@@ -37,10 +39,7 @@ def load(engine: Any, projector: Projector | None, folder: Path) -> None:
     Raises:
         CheckpointError: where DeepSpeed finds nothing that it can load.
     """
-    if projector is None:
-        path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
-    else:
-        path, _ = load_checkpoint(engine, projector, str(folder), tag=_TAG)
+    path, _ = _load(engine, projector, str(folder), tag=_TAG)
     if path is None:
         raise CheckpointError(
             f"{folder}: DeepSpeed could not load it; at another number of ranks than it was saved on, "
@@ -78,12 +77,66 @@ def save_checkpoint(
     """`engine.save_checkpoint`, with the projector's state in `client_state`. Collective.
 
     Raises:
-        ConfigError: where `client_state` has an entry of that name already.
+        ConfigError: where `client_state` has an entry of that name already; on every rank.
+        CheckpointError: on every rank, where one could not write.
     """
-    if client_state is not None and KEY in client_state:
-        raise ConfigError(f"client_state has an entry {KEY!r}, which is the projector's; rename yours")
-    state = {**(client_state or {}), KEY: projector.state_dict()}
-    return engine.save_checkpoint(directory, tag=tag, client_state=state, **options)
+    return _save(engine, projector, directory, tag, client_state, **options)
+
+
+def _save(
+    engine: Any,
+    projector: Projector | None,
+    directory: str,
+    tag: str | None = None,
+    client_state: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    ranks = Ranks(everyone())  # DeepSpeed saves and loads with all, whatever its groups
+
+    def prepare() -> dict[str, Any]:
+        if client_state is not None and KEY in client_state:
+            raise ConfigError(f"client_state has an entry {KEY!r}, which is the projector's; rename yours")
+        return dict(client_state or {})
+
+    state = ranks.agree(prepare, "client_state")
+    ranks.compare(operation="save_checkpoint", projector="one" if projector is not None else "none")
+    if projector is not None:
+        state[KEY] = ranks.agree(projector.state_dict, "the projector's state")
+    careful = engine.checkpoint_engine = _Careful(engine.checkpoint_engine)
+    try:
+        done = engine.save_checkpoint(directory, tag=tag, client_state=state, **options)
+    finally:
+        engine.checkpoint_engine = careful.inner
+    ranks.agree(careful.tell, f"{directory}: DeepSpeed could not save")
+    return done
+
+
+class _Careful:
+    """The engine's writer of files, whose failures wait until all ranks are past DeepSpeed's barriers."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self._failure: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def makedirs(self, *args: Any, **kwargs: Any) -> Any:
+        return self._try(self.inner.makedirs, *args, **kwargs)
+
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        return self._try(self.inner.save, *args, **kwargs)
+
+    def _try(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return action(*args, **kwargs)
+        except Exception as error:  # raised by `tell`
+            self._failure = self._failure or error
+            return None
+
+    def tell(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 def load_checkpoint(
@@ -95,9 +148,22 @@ def load_checkpoint(
 
     Raises:
         AnchorError: where the checkpoint was written with another anchor; on all ranks.
+        CheckpointError: where DeepSpeed could not load it; on all ranks.
     """
-    path, client_state = engine.load_checkpoint(directory, tag=tag, **options)
+    return _load(engine, projector, directory, tag, **options)
+
+
+def _load(
+    engine: Any, projector: Projector | None, directory: str, tag: str | None = None, **options: Any
+) -> tuple[str | None, dict[str, Any]]:
+    ranks = Ranks(everyone())
+    ranks.compare(operation="load_checkpoint", projector="one" if projector is not None else "none")
+    path, client_state = ranks.agree(
+        lambda: engine.load_checkpoint(directory, tag=tag, **options),
+        f"{directory}: DeepSpeed could not load",
+    )
     rest = dict(client_state or {})
-    if KEY in rest:
-        projector.load_state_dict(rest.pop(KEY))
+    if projector is not None and KEY in rest:
+        own = rest.pop(KEY)
+        ranks.agree(lambda: projector.load_state_dict(own), "the projector does not take its state")
     return path, rest

@@ -20,9 +20,9 @@ from sharded_spd.errors import CheckpointError
 
 MARKER = "complete.json"
 FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
-_OLD = re.compile(r"\.step-(\d{8,})\.[0-9a-f]+\.old")
-_PART = re.compile(r"\.(step-\d{8,})\.[0-9a-f]+\.part")
+_NAME = re.compile(r"step-(\d{8,})", re.ASCII)
+_OLD = re.compile(r"\.step-(\d{8,})\.[0-9a-f]+\.old", re.ASCII)
+_PART = re.compile(r"\.step-(\d{8,})\.[0-9a-f]+\.part", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def find_latest(directory: Path, check: Callable[[Path], object] = check_complet
     return Found(None, tuple(skipped))
 
 
-def prune(new: Path, keep: int) -> None:
+def prune(new: Path, step: int, keep: int) -> None:
     """Drop all complete checkpoints beside `new`, just saved, but the newest, and what saves have left.
 
     `keep` stay in all: `new`, whatever its step, and the newest others. What is newer than it and incomplete
@@ -150,16 +150,16 @@ def prune(new: Path, keep: int) -> None:
     is taken away, what it leads to is not.
     """
     kept = {new}
-    for _, path in steps_in(new.parent):
+    for other, path in steps_in(new.parent):
         if path in kept:
             continue
         whole = _is_complete(path)
         if whole and len(kept) < keep and not path.name.startswith("."):
             kept.add(path)
-        elif whole or path.name < new.name:
+        elif whole or other < step or path.name.startswith("."):
             _drop(path)
     for path in new.parent.iterdir():
-        if (match := _PART.fullmatch(path.name)) and match.group(1) <= new.name:
+        if (match := _PART.fullmatch(path.name)) and int(match.group(1)) <= step:
             _drop(path)
 
 

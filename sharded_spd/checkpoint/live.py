@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sharded_spd.checkpoint.codec import merge
+from sharded_spd.checkpoint.codec import key_of, merge
+from sharded_spd.checkpoint.deepspeed import is_engine
+from sharded_spd.checkpoint.ranks import Ranks
 from sharded_spd.errors import AnchorError, CheckpointError
 from sharded_spd.names import clean_fqns
 from sharded_spd.projector import Projector
@@ -39,11 +41,20 @@ class Live:
     optimizers: tuple[Optimizer, ...]
     projector: Projector | None
     scheduler: Any
+    ranks: Ranks
 
     @property
     def rank(self) -> int:
         """This process's rank, 0 without a process group."""
         return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def parts(self) -> str:
+        """What there is to save or load, in words; the same on all ranks."""
+        kind = "a DeepSpeed engine" if is_engine(self.model) else "a model"
+        has = [f"{len(self.optimizers)} optimizer(s)"]
+        has += ["a projector"] * (self.projector is not None) + ["a scheduler"] * (self.scheduler is not None)
+        return ", ".join([kind, *has])
 
     def state(self) -> dict[str, Any]:
         """Model, optimizers and projector as they are, each rank its shards. Collective."""
@@ -65,28 +76,32 @@ class Live:
             yield state
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"model": dict(get_model_state_dict(self.model))}
-        if self.optimizers:
-            state["optimizer"] = dict(get_optimizer_state_dict(self.model, list(self.optimizers)))
+        agree, model, optimizers = self.ranks.agree, self.model, list(self.optimizers)
+        state: dict[str, Any] = {
+            "model": agree(lambda: dict(get_model_state_dict(model)), "the model's state")
+        }
+        if optimizers:
+            what = "the optimizer's state"
+            state["optimizer"] = agree(lambda: dict(get_optimizer_state_dict(model, optimizers)), what)
         if self.projector is not None:
-            state["projector"] = self.projector.state_dict()
+            state["projector"] = agree(self.projector.state_dict, "the projector's state")
         return state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back. Collective."""
+    def restore(self, state: Mapping[str, Any], failed: str) -> None:
+        """Put such a state back; `failed` begins what is said where it does not fit. Collective."""
+        agree, projector = self.ranks.agree, self.projector
         with quiet():
-            set_model_state_dict(self.model, state["model"])
+            agree(lambda: set_model_state_dict(self.model, state["model"]), failed)
             if self.optimizers:
-                # Not strict: a parameter that never had a gradient has no state.
-                set_optimizer_state_dict(
-                    self.model,
-                    list(self.optimizers),
-                    optim_state_dict=state["optimizer"],
-                    options=StateDictOptions(strict=False),
-                )
-                self._keep_dtypes(state["optimizer"]["state"])
-        if self.projector is not None:
-            self.projector.load_state_dict(state["projector"])
+                agree(lambda: self._restore_optimizers(state["optimizer"]), failed)
+        if projector is not None:
+            agree(lambda: projector.load_state_dict(state["projector"]), failed)
+
+    def _restore_optimizers(self, state: dict[str, Any]) -> None:
+        # Not strict: a parameter that never had a gradient has no state.
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(self.model, list(self.optimizers), optim_state_dict=state, options=options)
+        self._keep_dtypes(state["state"])
 
     def _keep_dtypes(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Optimizers cast what they load to the parameter's dtype, also what they keep in float32."""
@@ -133,9 +148,16 @@ class Live:
 
 def states_in(stored: Metadata, values: Mapping[str, Any]) -> set[str]:
     """The parameters of which a checkpoint has optimizer state, by FQN."""
-    named = {name.split("/")[2] for name in stored.state_dict_metadata if name.startswith(STATE)}
     states = values["optimizer"].get("state") if "optimizer" in values else None
-    return named | set(states if isinstance(states, dict) else ())
+    known = {key_of(key) for key in states} if isinstance(states, dict) else set()
+    found = set(known)
+    for name in stored.state_dict_metadata:
+        if name.startswith(STATE):
+            parts = name.removeprefix(STATE).split("/")
+            # Other ranks' alone (experts) stand in no value, and names of layers may have slashes, too.
+            possible = {"/".join(parts[:n]) for n in range(1, len(parts))}
+            found |= possible if known.isdisjoint(possible) else set()
+    return found
 
 
 def check_fits(wanted: Mapping[str, Any], stepped: Iterable[str], stored: Metadata, where: object) -> None:

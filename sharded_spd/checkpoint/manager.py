@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,26 +21,17 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sharded_spd.agree import agree
 from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.codec import join, merge, split, tensor_names
+from sharded_spd.checkpoint.contents import check_contents, described, encoded, live_of
 from sharded_spd.checkpoint.folder import find_latest, folder_of, start_folder, steps_in
-from sharded_spd.checkpoint.live import (
-    RNG,
-    Live,
-    as_optimizers,
-    check_fits,
-    check_groups,
-    merge_groups,
-    quiet,
-    states_in,
-)
-from sharded_spd.checkpoint.rng import rng_state, set_rng_state
-from sharded_spd.checkpoint.storage import Reader, StagedPlanner, Writer, check_folder, read_metadata
-from sharded_spd.errors import AnchorError, BindingError, CheckpointError, UnsupportedError
+from sharded_spd.checkpoint.live import RNG, Live, merge_groups, quiet, states_in
+from sharded_spd.checkpoint.ranks import Ranks
+from sharded_spd.checkpoint.rng import set_rng_state
+from sharded_spd.checkpoint.storage import METADATA, Reader, StagedPlanner, Writer, check_folder
+from sharded_spd.errors import CheckpointError, UnsupportedError
 from sharded_spd.projector import Projector
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
@@ -57,8 +49,9 @@ class Checkpoints:
 
     A folder `step-N` appears in `directory` only when every rank has written its part and the marker is in
     it: whenever a save is killed, the checkpoints before it are there. Tensors lie in safetensors files, the
-    rest in JSON; nothing is pickled (DeepSpeed's own files, for its engines, are). Every method is
-    collective. `directory` must be the same storage for all ranks.
+    rest in JSON; nothing is pickled (DeepSpeed's own files, for its engines, are). Making one and every
+    method are collective. `directory` must be the same storage for all ranks. What fails on one rank, and
+    arguments that differ by rank, raise on all of them.
 
     Args:
         directory: where the folders go.
@@ -75,17 +68,32 @@ class Checkpoints:
         asynchronous: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if keep_last is not None and keep_last < 1:
-            raise CheckpointError(f"keep_last: got {keep_last}; wanted 1 or more, or None to keep all")
-        if asynchronous and group not in (None, dist.group.WORLD):
-            # torch names a group that a part makes by how many groups each rank has, which may differ.
-            raise UnsupportedError("asynchronous: wanted the group of all ranks, got a part of them")
-        self.directory = Path(directory).absolute()
-        self._ranks = dist.is_initialized()
+        self._with_ranks = dist.is_initialized()
+        self._group = dist.group.WORLD if group is None and self._with_ranks else group
         self._keep, self._asynchronous = keep_last, asynchronous
-        self._group = dist.group.WORLD if group is None and dist.is_initialized() else group
         self._behind: dist.ProcessGroup | None = None
         self._running: tuple[Future[Any], Writer] | None = None
+
+        def check() -> Path:
+            if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
+                raise CheckpointError(f"keep_last: got {keep_last!r}; wanted 1 or more, or None to keep all")
+            if asynchronous and group not in (None, dist.group.WORLD):
+                # torch names a group that a part makes by how many groups each rank has, which may differ.
+                raise UnsupportedError("asynchronous: wanted the group of all ranks, got a part of them")
+            if self._group is not None and not isinstance(self._group, dist.ProcessGroup):
+                raise CheckpointError(
+                    "group: wanted a process group that this rank is in; make none elsewhere"
+                )
+            return Path(directory).absolute()
+
+        self._ranks = Ranks([self._group] if isinstance(self._group, dist.ProcessGroup) else [])
+        self.directory = self._ranks.agree(check, "directory")
+        self._ranks.compare(
+            operation="Checkpoints()",
+            directory=str(self.directory),
+            keep_last=keep_last,
+            asynchronous=asynchronous,
+        )
 
     def save(
         self,
@@ -103,36 +111,44 @@ class Checkpoints:
         strings, lists, dicts and tensors, the same on every rank: the data loader's position, say.
 
         Raises:
-            CheckpointError: on every rank, where one could not write; the checkpoints before are untouched.
-                With `asynchronous` the next call or `wait` raises it.
+            CheckpointError: on every rank, where one could not write or give its state, or was called with
+                something else; the checkpoints before are untouched. With `asynchronous` the next call or
+                `wait` raises what failed in the background.
+            UnsupportedError: for what keeps its state in a form of its own; on every rank.
         """
         self.wait()
         self._check_ranks()
-        if type(step) is not int or step < 0:
-            raise CheckpointError(f"step: got {step!r}; wanted a whole number, 0 or more")
-        live = _live(model, optimizer, projector, scheduler)
+
+        def check() -> Live:
+            if type(step) is not int or step < 0:
+                raise CheckpointError(f"step: got {step!r}; wanted a whole number, 0 or more")
+            if self._asynchronous and deepspeed.is_engine(model):
+                raise UnsupportedError("asynchronous: DeepSpeed writes its own files; wanted False")
+            return live_of(model, optimizer, projector, scheduler, self._ranks)
+
+        live = self._ranks.agree(check, "save")
+        self._ranks.compare(operation="save", step=step, what=live.parts)
         final = folder_of(self.directory, step)
         values: dict[str, Any] = {"extra": extra, "step": step}
         part: Path | None = None
         if deepspeed.is_engine(model):
-            if self._asynchronous:
-                raise UnsupportedError("asynchronous: DeepSpeed writes its own files; wanted False")
-            part = self._shared(lambda: start_folder(final))
-            deepspeed.save(model, live.projector, part)
-        else:
-            values.update(live.state())
-        if scheduler is not None:
-            values["scheduler"] = scheduler.state_dict()
-        tensors, encoded = agree(lambda: split(values), self._groups)
-        for name, state in rng_state().items():
-            tensors[f"{RNG}/{live.rank}/{name}"] = state
-        encoded["anchors"] = live.anchors()
+            part = self._ranks.shared(lambda: start_folder(final), f"{final}: cannot be written")
+        try:
+            if part is not None:
+                deepspeed.save(model, live.projector, part)
+            else:
+                values.update(live.state())
+            tensors, rest = self._ranks.agree(lambda: encoded(live, values), "the state of this rank")
+        except Exception:
+            if part is not None and self._ranks.first:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
         facts = {
             "step": step,
             "world_size": 1 if self._group is None else self._group.size(),
             "torch": torch.__version__,
         }
-        writer = Writer(final, encoded, facts, self._keep, part)
+        writer = Writer(final, rest, facts, self._keep, part)
         if self._asynchronous:
             self._running = (self._start(tensors, writer), writer)
         else:
@@ -143,14 +159,29 @@ class Checkpoints:
         return final
 
     def _start(self, tensors: dict[str, Any], writer: Writer) -> Future[Any]:
+        """Copy, and write in a thread, which begins only once every rank has one."""
         if self._group is not None and self._behind is None:
             # The saving thread's collectives must not mix with those of the training.
             self._behind = dist.new_group(backend="gloo")
-        planner = agree(lambda: StagedPlanner(tensors), self._groups)
         where = {"process_group": self._behind, "no_dist": self._group is None}
-        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        future = thread.submit(dcp_save, tensors, storage_writer=writer, planner=planner, **where)
-        thread.shutdown(wait=False)
+        everyone: Future[bool] = Future()
+
+        def write(planner: StagedPlanner) -> None:
+            if everyone.result():
+                dcp_save(tensors, storage_writer=writer, planner=planner, **where)
+
+        def start() -> Future[Any]:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            future = thread.submit(write, StagedPlanner(tensors))
+            thread.shutdown(wait=False)
+            return future
+
+        try:
+            future = self._ranks.agree(start, "saving in the background could not start")
+        except Exception:
+            everyone.set_result(False)
+            raise
+        everyone.set_result(True)
         return future
 
     def wait(self) -> None:
@@ -164,17 +195,31 @@ class Checkpoints:
             self._attempt(writer, future.result)
 
     def _attempt(self, writer: Writer, action: Callable[[], object]) -> None:
+        failed = f"{self.directory}: nothing was saved"
+
+        def attempt() -> None:
+            try:
+                with quiet():
+                    action()
+            except CheckpointException as error:
+                raise CheckpointError(f"{failed}: {_reason(error)}") from None
+
         try:
-            with quiet():
-                action()
-        except (CheckpointException, OSError, RuntimeError) as error:
+            self._ranks.agree(attempt, failed)
+        except Exception:
             writer.clean_up()
-            raise CheckpointError(f"{self.directory}: nothing was saved: {_reason(error)}") from None
+            raise
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; a newer one that is not complete is named in a log line."""
-        found = self._shared(lambda: find_latest(self.directory, check_folder))
-        if self._first:
+        self._ranks.compare(operation="latest")
+        return self._latest()
+
+    def _latest(self) -> Path | None:
+        found = self._ranks.shared(
+            lambda: find_latest(self.directory, check_folder), f"{self.directory}: cannot be read"
+        )
+        if self._ranks.first:
             for text in found.skipped:
                 _LOG.warning("%s; it is passed over", text)
         return found.path
@@ -197,140 +242,98 @@ class Checkpoints:
         Raises:
             CheckpointError: damaged, or of another model; on every rank, before anything is loaded.
             AnchorError: written with another anchor, it names the layers; on every rank, before that, too.
+            UnsupportedError: for what keeps its state in a form of its own; on every rank.
         """
         self.wait()
         self._check_ranks()
-        folder = self.latest() if path == "auto" else Path(path)
+        ranks = self._ranks
+        live, given = ranks.agree(
+            lambda: (live_of(model, optimizer, projector, scheduler, ranks), Path(path)), "load"
+        )
+        ranks.compare(operation="load", path=str(path), what=live.parts)
+        folder = self._latest() if path == "auto" else given
         if folder is None:
             return None
+        marker = ranks.shared(lambda: check_folder(folder), f"{folder}: cannot be read")
         if path != "auto":
-            self._warn_of_newer(folder)
-        live = _live(model, optimizer, projector, scheduler)
-        marker = self._shared(lambda: check_folder(folder))
-        metadata, values = agree(lambda: read_metadata(folder), self._groups)
-        agree(lambda: live.check_anchors(values.get("anchors")), self._groups)
-        agree(lambda: self._check_parts(values, live, folder), self._groups)
+            self._warn_of_newer(folder, marker["step"])
+        damaged = f"{folder}: is damaged"
+        metadata, values, digest = ranks.agree(lambda: described(live, folder), damaged)
+        ranks.compare(**{METADATA: digest})
         with ExitStack() as stack:
             template: dict[str, Any] = {}
             if not deepspeed.is_engine(model):
-                template = stack.enter_context(live.template(states_in(metadata, values)))
+                had = ranks.agree(lambda: states_in(metadata, values), damaged)
+                template = stack.enter_context(live.template(had))
             state, drawn = self._read(template, metadata, values, live, folder)
             if deepspeed.is_engine(model):
                 deepspeed.load(model, live.projector, folder)
-            try:
-                if template:
-                    live.restore(state)
-                if scheduler is not None:
-                    scheduler.load_state_dict(state["scheduler"])
-            except (CheckpointError, AnchorError, BindingError):
-                raise
-            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-                what = f"{type(error).__name__}: {error}"
-                raise CheckpointError(
-                    f"{folder}: holds a state that does not fit this run: {what}"
-                ) from error
-        agree(lambda: set_rng_state(drawn), self._groups)
+            if template:
+                live.restore(state, f"{folder}: holds a state that does not fit this run")
+            if scheduler is not None:
+                ranks.agree(
+                    lambda: scheduler.load_state_dict(state["scheduler"]),
+                    f"{folder}: holds a state that does not fit this run's scheduler",
+                )
+        ranks.agree(lambda: set_rng_state(drawn), damaged)
         return Resumed(marker["step"], folder, state.get("extra"))
 
     def _read(
         self, template: dict[str, Any], metadata: Any, values: Any, live: Live, folder: Path
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What is saved in the places of `template`, with scheduler and `extra`; the random numbers."""
-        own, parts = split(template)
-        agree(lambda: _check_contents(own, parts, metadata, values, folder), self._groups)
-        parts = {key: merge(part, values[key]) for key, part in parts.items()}
-        if "optimizer" in parts:
-            groups = split(template["optimizer"]["param_groups"], "optimizer/param_groups")[1]
-            parts["optimizer"]["param_groups"] = merge_groups(groups, values["optimizer"]["param_groups"])
-        parts.update({key: values[key] for key in ("extra", "scheduler") if key in values})
         prefix = f"{RNG}/{live.rank}/"
-        others = [name for name in tensor_names(parts) if name not in own]
-        others += [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
-        for name in others:
-            stored: Any = metadata.state_dict_metadata[name]
-            own[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-        # torch's default fails where a rank has no row of an FSDP1 tensor.
-        planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
-        try:
-            with quiet():
-                dcp_load(own, storage_reader=Reader(folder, metadata), planner=planner, **self._where)
-        except (CheckpointException, OSError, RuntimeError) as error:
-            raise CheckpointError(f"the checkpoint was not loaded: {_reason(error)}") from None
+
+        def line_up() -> tuple[dict[str, Any], dict[str, Any]]:
+            own, parts = split(template)
+            check_contents(own, parts, metadata, values, folder)
+            parts = {key: merge(part, values[key]) for key, part in parts.items()}
+            if "optimizer" in parts:
+                groups = split(template["optimizer"]["param_groups"], "optimizer/param_groups")[1]
+                parts["optimizer"]["param_groups"] = merge_groups(groups, values["optimizer"]["param_groups"])
+            parts.update({key: values[key] for key in ("extra", "scheduler") if key in values})
+            others = [name for name in tensor_names(parts) if name not in own]
+            others += [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
+            for name in others:
+                stored: Any = metadata.state_dict_metadata[name]
+                own[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+            return own, parts
+
+        def read() -> Any:
+            # torch's default fails where a rank has no row of an FSDP1 tensor.
+            planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
+            try:
+                with quiet():
+                    dcp_load(own, storage_reader=Reader(folder, metadata), planner=planner, **self._where)
+            except CheckpointException as error:
+                raise CheckpointError(f"the checkpoint was not loaded: {_reason(error)}") from None
+            return join(parts, own)
+
+        own, parts = self._ranks.agree(line_up, f"{folder}: is damaged")
+        state = self._ranks.agree(read, "the checkpoint was not loaded")
         drawn = {n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)}
-        return join(parts, own), drawn
+        return state, drawn
 
-    def _check_parts(self, values: Any, live: Live, folder: Path) -> None:
-        engine = deepspeed.is_engine(live.model)
-        parts = {
-            "model": not engine,
-            "optimizer": bool(live.optimizers),
-            "projector": live.projector is not None and not engine,
-            "scheduler": live.scheduler is not None,
-        }
-        for part, wanted in parts.items():
-            if wanted and not (part in values and isinstance(values[part], dict)):
-                raise CheckpointError(f"{folder}: was saved without a {part}; load it without, too")
-
-    def _warn_of_newer(self, folder: Path) -> None:
-        newer = [p.name for _, p in steps_in(self.directory) if p.name > folder.name]
-        if newer and self._first:
-            _LOG.warning(
-                "%s is loaded though %s is newer: 'auto' will go back to that; remove it", folder, newer[0]
-            )
+    def _warn_of_newer(self, folder: Path, step: int) -> None:
+        """On the first rank; a directory that cannot be read has nothing newer."""
+        if not self._ranks.first:
+            return
+        with suppress(OSError):
+            newer = [path.name for other, path in steps_in(self.directory) if other > step]
+            if newer:
+                text = "%s is loaded though %s is newer: 'auto' will go back to that; remove it"
+                _LOG.warning(text, folder, newer[0])
 
     def _check_ranks(self) -> None:
-        if dist.is_initialized() != self._ranks:
+        if dist.is_initialized() != self._with_ranks:
             raise CheckpointError(
                 "the process group was started or ended after these Checkpoints were made; make them after "
                 "init_process_group, and use them before destroy_process_group"
             )
 
-    def _shared(self, action: Callable[[], T]) -> T:
-        """What the first rank finds, on all of them."""
-        box = [agree(lambda: action() if self._first else None, self._groups)]
-        if self._group is not None:
-            dist.broadcast_object_list(box, group=self._group, group_src=0)
-        return box[0]  # type: ignore[return-value]
-
-    @property
-    def _first(self) -> bool:
-        return self._group is None or self._group.rank() == 0
-
-    @property
-    def _groups(self) -> list[dist.ProcessGroup]:
-        return [] if self._group is None else [self._group]
-
     @property
     def _where(self) -> dict[str, Any]:
         return {"process_group": self._group, "no_dist": self._group is None}
-
-
-def _live(model: Module, optimizer: Any, projector: Projector | None, scheduler: Any) -> Live:
-    optimizers = () if deepspeed.is_engine(model) else as_optimizers(optimizer)
-    for candidate in (model, *optimizers):
-        if type(candidate).__module__.startswith("fairscale") or hasattr(candidate, "consolidate_state_dict"):
-            raise UnsupportedError(
-                f"{type(candidate).__name__} keeps its state in a form of its own, which "
-                "torch.distributed.checkpoint does not know; save what its own state_dict gives"
-            )
-    own = [found for o in optimizers if isinstance(found := getattr(o, "projector", None), Projector)]
-    if projector is None and len(own) == 1:
-        projector = own[0]
-    return Live(model, optimizers, projector, scheduler)
-
-
-def _check_contents(
-    own: Mapping[str, Any], parts: Mapping[str, Any], metadata: Any, values: Any, folder: Path
-) -> None:
-    stepped: list[str] = []
-    if "optimizer" in parts:
-        groups = parts["optimizer"]["param_groups"]
-        check_groups(groups, values["optimizer"].get("param_groups"), folder)
-        stepped = [fqn for group in groups for fqn in group["params"]]
-    check_fits(own, stepped, metadata, folder)
-    lost = [name for name in tensor_names(values) if name not in metadata.state_dict_metadata]
-    if lost:
-        raise CheckpointError(f"{folder}: is damaged: it has no tensor {lost[0]!r}")
 
 
 def _reason(error: BaseException) -> str:

@@ -105,7 +105,7 @@ class Writer(StorageWriter):
         write_json(part / METADATA, {"values": self._values, "tensors": tensors})
         finish_folder(part, self._final, self._facts)
         if self._keep is not None:
-            prune(self._final, self._keep)
+            prune(self._final, self._facts["step"], self._keep)
 
     def clean_up(self) -> None:
         """Remove what a failed save has written."""

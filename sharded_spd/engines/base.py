@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -40,6 +40,10 @@ class EngineAdapter(Protocol):
         """Remember the model that `layout()` is to look at; None: as before. Raises nothing."""
         ...
 
+    def keep(self) -> Callable[[], None]:
+        """What puts the adapter back as it is now, after a `layout()` that came to nothing."""
+        ...
+
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while they hold no values yet (meta device)."""
         ...
@@ -75,6 +79,17 @@ class EngineAdapter(Protocol):
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
         """The inverse of `export`: this rank's shard, `[numel]`."""
         ...
+
+
+def keep(adapter: EngineAdapter) -> Callable[[], None]:
+    """What gives `adapter` the attributes again that it has now; for those who never change one in place."""
+    kept = dict(vars(adapter))
+
+    def undo() -> None:
+        vars(adapter).clear()
+        vars(adapter).update(kept)
+
+    return undo
 
 
 def made_up_name(group: int, index: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from sharded_spd.engines.base import keep
 from sharded_spd.engines.parts import gather_whole, take_part
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.engines.zero_layout import Flat, holds_exactly, read_flats
@@ -123,6 +124,10 @@ class DeepSpeedAdapter:
 
     def take_model(self, model: Module | None) -> None:
         """Nothing: the engine has the model."""
+
+    def keep(self) -> Callable[[], None]:
+        """See `EngineAdapter`."""
+        return keep(self)
 
     def layout(self, model: Module | None = None) -> ShardLayout:
         """Read the flats and check them against the live weights, on this rank alone.

@@ -39,10 +39,11 @@ def shard_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
 
 
 def mesh_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
-    """The groups of all axes of the tensor's mesh."""
+    """The groups of all axes of the tensor's mesh along which there are others; one, where there are none."""
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
-        yield from (mesh.get_group(axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1)
+        axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+        yield from (mesh.get_group(axis) for axis in axes or [0])
 
 
 Boxes = dict[tuple[Any, ...], tuple[Any, ...]]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sharded_spd.engines.base import made_up_name
+from sharded_spd.engines.base import keep, made_up_name
 from sharded_spd.engines.dtensor import (
     Boxes,
     aligned_grad,
@@ -39,12 +39,26 @@ from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
 
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_left_alone(param: Tensor) -> bool:
+    """Whether nothing is to be known of a parameter: frozen, and of numbers that no optimizer could step.
+
+    Quantised weights: bytes, integers, float8.
+    """
+    return param.dtype not in _REAL and not param.requires_grad
+
 
 @dataclass(slots=True)
 class _Lineup:
-    """The tensors of an optimizer, as they were when its groups were last looked through."""
+    """The tensors of an optimizer, as they were when its groups were last looked through.
+
+    `alone`: those of no layer, with what they are called.
+    """
 
     rows: list[tuple[BoundShard, Tensor, Part]]
+    alone: list[tuple[str, Tensor]]
     groups: list[tuple[Mapping[str, Any], list[Tensor]]]
 
     @property
@@ -129,6 +143,10 @@ class ParameterAdapter:
         others = [g for g in (*self._groups, self._replicas, self._everywhere) if g is not None]
         return known_groups(self._tensors(), self._model(), others)
 
+    def keep(self) -> Callable[[], None]:
+        """See `EngineAdapter`."""
+        return keep(self)
+
     def layout(self, model: Module | None = None) -> ShardLayout | None:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
 
@@ -144,6 +162,8 @@ class ParameterAdapter:
         shapes: dict[str, tuple[int, ...]] = {}
         named, boxes = True, Boxes()
         for fqn, param, own_name in self._walk():
+            if is_left_alone(param):
+                continue
             if param.is_meta or (hasattr(param, "ds_id") and param.numel() == 0):
                 return None
             part = self._part(fqn, param, boxes)
@@ -172,17 +192,15 @@ class ParameterAdapter:
             for before, now in zip(self._parts[param].slices, part.slices, strict=False)
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
-        self._lineups.clear()
+        self._lineups = {}
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
         scopes, everywhere = _scopes(pieces), self._everywhere
         return ShardLayout(tuple(params), shapes, scopes, self._view.fqns, renamed, everywhere=everywhere)
 
     def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
-        if param.is_complex() or not param.is_floating_point():
-            raise UnsupportedError(
-                f"layer {fqn!r} has dtype {param.dtype}; wanted a real floating-point dtype"
-            )
+        if param.dtype not in _REAL:
+            _raise_unreal(fqn, param)
         part = self._view.parts.get(param)
         if part is not None:
             return part
@@ -237,24 +255,33 @@ class ParameterAdapter:
             shard.tensor = local = local_tensor(local) if isinstance(local, DTensor) else local
             if local.numel() != part.numel or (part.numel and local.data_ptr() == 0):
                 self._raise_moved(param, local, part)
+            shard.requires_grad = param.requires_grad
             shard.grad = self._grad(param, part) if grads and param.grad is not None else None
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
+        for name, param in lineup.alone if grads else ():
+            if param.grad is not None:
+                _raise_unreal(name, param)
         if grads:
             self._buckets.look(self._parts)
         return lineup.shards
 
     def _line_up(self, optimizer: Optimizer) -> _Lineup:
-        rows = []
+        rows, alone = [], []
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
                 part = self._parts.get(param)
+                if part is None and param.dtype not in _REAL:
+                    if param.requires_grad:
+                        _raise_unreal(_name_of(group, g, i), param)
+                    alone.append((_name_of(group, g, i), param))
+                    continue
                 if part is None:
                     self._raise_unknown(optimizer, group, g, i)
                     continue
                 owner = param if part.local is None else None
                 shard = BoundShard(param, None, part.slices, group, param.requires_grad, owner=owner)
                 rows.append((shard, param, part))
-        return _Lineup(rows, [(group, list(group["params"])) for group in optimizer.param_groups])
+        return _Lineup(rows, alone, [(group, list(group["params"])) for group in optimizer.param_groups])
 
     @staticmethod
     def _grad(param: Tensor, part: Part) -> Tensor | None:
@@ -266,12 +293,10 @@ class ParameterAdapter:
         return aligned_grad(param) if isinstance(param, DTensor) else param.grad
 
     def _raise_unknown(self, optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int) -> None:
-        names = group.get("param_names")
-        name = names[i] if names else made_up_name(g, i)
         raise BindingError(
-            f"parameter {name!r} (shape {tuple(group['params'][i].shape)}) of {type(optimizer).__name__} is "
-            "not bound: it was added, or put in place of another one, after binding; call bind() after "
-            "sharding, after adding groups, and before the next step"
+            f"parameter {_name_of(group, g, i)!r} (shape {tuple(group['params'][i].shape)}) of "
+            f"{type(optimizer).__name__} is not bound: it was added, or put in place of another one, after "
+            "binding; call bind() after sharding, after adding groups, and before the next step"
         )
 
     @staticmethod
@@ -325,6 +350,19 @@ class ParameterAdapter:
         """This rank's shard of what `export` gave."""
         piece, part = self._pieces[fqn]
         return take_part(saved, piece) if part.flat else local_tensor(saved).reshape(-1)
+
+
+def _name_of(group: Mapping[str, Any], g: int, i: int) -> str:
+    names = group.get("param_names", ())
+    return str(names[i]) if i < len(names) else made_up_name(g, i)
+
+
+def _raise_unreal(name: str, param: Tensor) -> NoReturn:
+    raise UnsupportedError(
+        f"layer {name!r} has dtype {param.dtype} and is to be trained; wanted a real floating-point dtype "
+        f"({', '.join(str(dtype).removeprefix('torch.') for dtype in _REAL)}), or a frozen parameter "
+        "(requires_grad=False)"
+    )
 
 
 def known_groups(

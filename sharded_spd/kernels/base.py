@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
@@ -49,9 +50,24 @@ class Moments:
     square: Tensor
     most: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that a step changes."""
+        return self.mean, self.square, self.most
+
 
 ADAM_NUMBERS = ("beta1", "beta2", "eps", "step_size", "root_correction")
 """Columns of Adam's numbers: step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t)."""
+
+
+def written(tensors: Iterable[Tensor | None]) -> None:
+    """Tell autograd that memory was written through its address, as torch's in-place operations do.
+
+    Else a backward through values that were saved before the step would be wrong in silence.
+    """
+    changed = [t for t in tensors if t is not None and not t.is_inference()]
+    if changed:
+        torch.autograd.graph.increment_version(changed)
 
 
 class Table(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -72,9 +73,21 @@ def _chunked(backend: Backend) -> Backend:
     return ChunkedKernels(backend)
 
 
-def choose(s: Slice) -> Backend:
-    """The fastest backend that takes a slice."""
-    backend, anchor = kernels_for(s.weight.device.type), s.anchor
+def backend_names(device_types: Iterable[str]) -> dict[str, str]:
+    """Which backend this process has for each kind of device.
+
+    Raises:
+        RuntimeError: where one is asked for that cannot be had.
+    """
+    return {device_type: kernels_for(device_type).name for device_type in device_types}
+
+
+def choose(s: Slice, plain: frozenset[str] = frozenset()) -> Backend:
+    """The fastest backend that takes a slice; plain torch on the kinds of device in `plain`."""
+    device_type = s.weight.device.type
+    if device_type in plain:
+        return REFERENCE
+    backend, anchor = kernels_for(device_type), s.anchor
     if anchor is None or isinstance(anchor, Tensor):
         return backend if backend.takes(s.weight, s.grad, anchor) else REFERENCE
     like = torch.empty(0, dtype=anchor.dtype, device=s.weight.device)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sharded_spd.kernels.base import Moments, Slice, Table
+from sharded_spd.kernels.base import Moments, Slice, Table, written
 from sharded_spd.kernels.compile import load_library
 
 _CHUNK = 65536  # as in cpu.c
@@ -82,7 +82,10 @@ class CpuTable:
             mean, square = m.mean.data_ptr() + at, m.square.data_ptr() + at
             rows.append(_MOMENTS_ROW.pack(mean, square, most, _KINDS[m.mean.dtype]))
         numbers = numbers.contiguous()
-        return self._call(self._library.spd_adam, 3, b"".join(rows), ctypes.c_void_p(numbers.data_ptr()))
+        sums = self._call(self._library.spd_adam, 3, b"".join(rows), ctypes.c_void_p(numbers.data_ptr()))
+        stepped = [(s.weight, m) for s, m in zip(self._slices, moments, strict=True) if s.grad is not None]
+        written(t for weight, m in stepped for t in (weight, *m.tensors))
+        return sums
 
     def pull_(self, s: Tensor) -> None:
         """See `Table`."""
@@ -94,6 +97,7 @@ class CpuTable:
             ctypes.c_void_p(s.data_ptr()),
             ctypes.c_int(torch.get_num_threads()),
         )
+        written(own.weight for own, share in zip(self._slices, s.tolist(), strict=True) if share)
 
     def _call(self, function: Callable[..., object], columns: int, *more: object) -> Tensor:
         num = len(self._slices)

@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach, verdict
 from sharded_spd.errors import BindingError, ConfigError
+from sharded_spd.kernels.choose import kernels_for
+from sharded_spd.kernels.compile import load_library
+from sharded_spd.kernels.switch import SWITCH
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
 from tests.support.compare import assert_float64_parity
@@ -162,3 +165,28 @@ def failure_that_is_heard_late(engine: Engine) -> None:
         refused(engine, training.optimizer.step, (BindingError,), "another rank failed in the step before")
     finally:
         verdict.comes_late = before
+
+
+def kernels_that_one_rank_lacks(engine: Engine) -> None:
+    """A node without a compiler: replicas take plain torch together, so that they stay bit-equal."""
+    torch.manual_seed(0)
+    model = engine.wrap(Probe(tensors()))
+    with pytest.MonkeyPatch.context() as patch:
+        if engine.rank == 1:
+            patch.setenv(SWITCH, "reference")
+        kernels_for.cache_clear()
+        load_library.cache_clear()
+        try:
+            with pytest.warns(UserWarning, match=r"different kernels for cpu tensors \(cpu, reference\)"):
+                optimizer = AdamSPD(model.parameters(), lr=0.01, weight_decay=2.0)
+            for t in range(5):
+                for i, p in enumerate(model.parameters()):
+                    p.grad = _gradient(p, 10 * t + i)
+                optimizer.step()
+        finally:
+            kernels_for.cache_clear()
+            load_library.cache_clear()
+    whole = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    gathered = [torch.empty_like(whole) for _ in range(engine.world)]
+    dist.all_gather(gathered, whole)
+    assert all(torch.equal(whole, other) for other in gathered)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract import anchor_cases, cases, precision_cases, step_cases
+from tests.contract import anchor_cases, cases, checkpoint_cases, precision_cases, step_cases
 from tests.support.launch import Task
 from tests.support.training import FORMS
 
@@ -83,8 +83,22 @@ def _all() -> Iterator[Task]:
     for function in (step_cases.base_that_raises, step_cases.step_that_fails_leaves_the_next_one_whole):
         yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("fsdp1", 2)), function)
     yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("fsdp1", 2)), step_cases.scalars_that_differ, FORMS)
+    yield from _tasks((("ddp", 2),), step_cases.kernels_that_one_rank_lacks)
     for function in (step_cases.group_that_one_rank_has, step_cases.failure_that_is_heard_late):
         yield from _tasks(SHARDED, function)
+    for function in (
+        checkpoint_cases.one_rank_alone,
+        checkpoint_cases.export_that_one_rank_cannot,
+        checkpoint_cases.telemetry_of_one_rank,
+    ):
+        yield from _tasks((("ddp", 2), ("fsdp2", 2), ("fsdp1", 2)), function)
+    yield from _tasks((("fsdp2", 2),), checkpoint_cases.background_save_that_cannot_start)
+    yield from _tasks((("fsdp2", 4),), checkpoint_cases.model_on_part_of_the_ranks)
+    cells = (("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("fsdp2_tp", 4), ("fsdp1", 2))
+    yield from _tasks(cells, checkpoint_cases.activation_rate_counts_the_same_layers)
+    for cell in (("zero_redundancy", 2), ("oss", 2)):
+        yield from _tasks((cell,), checkpoint_cases.activation_rate_counts_the_same_layers, shares=True)
+    yield from _tasks((("fsdp2", 2),), checkpoint_cases.scaler_skips_a_step)
     for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         yield from _tasks(
             (("single", 1), *SHARDED), precision_cases.ratio_of_a_large_layer, dtype=dtype, lr=lr

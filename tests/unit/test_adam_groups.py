@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_spd import AdamSPD
+from sharded_spd import AdamSPD, SPDConfig, attach
 from tests.reference.oracle import LayerOptions, Oracle
 from tests.support.compare import assert_bits_equal, assert_layers_close
 from tests.support.local import (
@@ -380,3 +380,74 @@ def test_lambda_somewhere_does_not_warn(recwarn: pytest.WarningsRecorder) -> Non
         lr=LR,
     )
     assert not [w for w in recwarn if "plain Adam" in str(w.message)]
+
+
+@pytest.mark.parametrize("rule", ["ftp", "digrap"])
+@pytest.mark.parametrize("fault", ["anchor", "file"])
+def test_a_group_that_cannot_be_added_leaves_everything_as_it_was(
+    rule: str, fault: str, tmp_path: Any
+) -> None:
+    """Bits, rule state, binding: training goes on as if nobody had asked."""
+    start = layers()
+    stranger = nn.Parameter(torch.randn(3))
+    bad = {
+        "anchor": {"params": [("stranger", stranger)], "pre": [torch.zeros(4)]},
+        "file": {"params": [("stranger", stranger)], "anchor": str(tmp_path / "none.safetensors")},
+    }[fault]
+    runs = []
+    for asks in (False, True):
+        params = parameters(start)
+        optimizer = AdamSPD(params.items(), lr=LR, weight_decay=0.1, rule=rule)
+        for t, given in enumerate(gradients(6)):
+            if asks and t in (0, 3):
+                before = optimizer.projector.state_dict()
+                with pytest.raises(ValueError, match=r"stranger|none"):
+                    optimizer.add_param_group(dict(bad))
+                after = optimizer.projector.state_dict()
+                assert after["fingerprint"] == before["fingerprint"]
+                assert after["num_steps"] == t
+                assert set(optimizer.projector.deviation()) == set(start)
+            give(params, given)
+            optimizer.step()
+        runs.append((values(params), optimizer.projector.state_dict()["layers"]))
+    (weights, state), (others, other_state) = runs
+    assert all(torch.equal(w, others[name]) for name, w in weights.items())
+    for name, own in state.items():
+        assert all(torch.equal(value, other_state[name][key]) for key, value in own.items())
+
+
+def test_a_binding_that_fails_leaves_the_one_before() -> None:
+    """Under attach, too: the group is taken out again, and training goes on."""
+    runs = []
+    for asks in (False, True):
+        params = parameters(layers())
+        base = torch.optim.SGD(list(params.values()), lr=LR)
+        projector = attach(base, config=SPDConfig(rule="ftp"))
+        for t, given in enumerate(gradients(6)):
+            if asks and t == 3:
+                base.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]})
+                with pytest.raises(TypeError, match="complex"):
+                    projector.bind()
+                with pytest.raises(TypeError, match="complex"):
+                    base.step()
+                base.param_groups.pop()
+            give(params, given)
+            base.step()
+        runs.append(values(params))
+    assert all(torch.equal(w, runs[1][name]) for name, w in runs[0].items())
+
+
+def test_a_first_binding_that_is_refused_may_be_tried_again() -> None:
+    params = parameters(layers())
+    saved = AdamSPD(params.items(), lr=LR, weight_decay=LAMBDA).state_dict()
+    others = parameters(layers(seed=5))
+    optimizer = AdamSPD(others.items(), lr=LR, weight_decay=LAMBDA, anchor="deferred")
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="fingerprint"):
+        optimizer.bind()
+    assert not optimizer.projector.bound
+    with torch.no_grad():
+        for name, p in others.items():
+            p.copy_(params[name])
+    optimizer.bind()
+    assert optimizer.projector.bound

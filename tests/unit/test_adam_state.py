@@ -254,3 +254,102 @@ def test_grad_scaler(fused: bool, unscale: bool) -> None:
         pulled += sum(stats.s > 0 for stats in oracle.step(given).values())
         assert_layers_close(values(params), oracle.weights, relative=2e-6)
     assert pulled >= 2
+
+
+@pytest.mark.parametrize("anchor", ["zero", "snapshot"])
+@pytest.mark.parametrize(("saved_named", "loaded_named"), [(0, 1), (1, 0), (0, 0)])
+def test_checkpoints_with_and_without_names_are_compared_by_their_values(
+    anchor: str, saved_named: int, loaded_named: int
+) -> None:
+    start = layers()
+    given = gradients(1)[0]
+    params = parameters(start)
+    first = _spd(params.items() if saved_named else params.values(), anchor=anchor)
+    give(params, given)
+    first.step()
+    others = parameters(start)
+    second = _spd(others.items() if loaded_named else others.values(), anchor=anchor)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with torch.no_grad():
+        for name, p in others.items():
+            p.copy_(params[name])
+    for optimizer, own in ((first, params), (second, others)):
+        give(own, given)
+        optimizer.step()
+    assert_bits_equal(values(others), values(params))
+    stranger = parameters(layers(seed=4))
+    third = _spd(stranger.items() if loaded_named else stranger.values())
+    if anchor == "snapshot":
+        with pytest.raises(ValueError, match="anchor fingerprint"):
+            third.load_state_dict(first.state_dict())
+
+
+def test_a_checkpoint_whose_fingerprints_have_no_hash_of_values_loads() -> None:
+    """As they were written before."""
+    params = parameters(layers())
+    optimizer = _spd(params.items())
+    saved = copy.deepcopy(optimizer.state_dict())
+    (group,) = saved["param_groups"]
+    group["anchor_fingerprint"] = group["anchor_fingerprint"].rpartition("/")[0]
+    optimizer.load_state_dict(saved)
+    group["anchor_fingerprint"] = "0" * 32 + "/4"
+    with pytest.raises(ValueError, match="another pre-trained model"):
+        optimizer.load_state_dict(saved)
+
+
+def test_hooks_of_loading_come_first_and_last() -> None:
+    """The first may convert any format; the last find the groups as they shall be, and win."""
+    params = parameters(layers())
+    optimizer = _spd(params.items())
+    give(params, gradients(1)[0])
+    optimizer.step()
+    saved = {"inside": copy.deepcopy(optimizer.state_dict())}
+    seen: list[float] = []
+
+    def finish(o: torch.optim.Optimizer) -> None:
+        seen.append(o.param_groups[0]["weight_decay"])
+        o.param_groups[0]["weight_decay"] = 0.25
+
+    optimizer.register_load_state_dict_pre_hook(lambda _, converted: converted["inside"])
+    optimizer.register_load_state_dict_post_hook(finish)
+    num_hooks = len(optimizer._optimizer_load_state_dict_pre_hooks)
+    optimizer.load_state_dict(saved)
+    assert seen == [LAMBDA]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == num_hooks
+
+
+@pytest.mark.parametrize("fault", ["anchor", "groups", "rule state", "rule's anchor"])
+def test_a_checkpoint_that_is_refused_changes_nothing(fault: str) -> None:
+    params = parameters(layers())
+    optimizer = _spd(params.items(), rule="ftp", weight_decay=0.1)
+    for given in gradients(3):
+        give(params, given)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    (group,) = saved["param_groups"]
+    if fault == "anchor":
+        group["anchor_fingerprint"] = "0" * 32 + "/4"
+    elif fault == "groups":
+        saved["param_groups"] = [group, group]
+    elif fault == "rule state":
+        state = saved["projector"]["layers"]["norm.weight"]
+        state["shard.previous"] = torch.zeros(7)
+    else:
+        saved["projector"]["fingerprint"] = "0" * 32
+    for state in saved["state"].values():
+        state["exp_avg"].zero_()
+    group["lr"] = 0.5
+    saved["projector"]["num_steps"] = 99
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.load_state_dict(saved)
+    now = optimizer.state_dict()
+    assert now["param_groups"] == before["param_groups"]
+    assert now["projector"]["num_steps"] == 3
+    for theirs, ours in (
+        (before["state"], now["state"]),
+        (before["projector"]["layers"], now["projector"]["layers"]),
+    ):
+        for key, own in theirs.items():
+            assert all(torch.equal(torch.as_tensor(ours[key][n]), torch.as_tensor(v)) for n, v in own.items())
