@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.plain import ParameterAdapter, is_left_alone, known_groups
 from sharded_spd.errors import BindingError
 from sharded_spd.fused import Lists, fused_adam, may_fuse
-from sharded_spd.groups import check_fingerprint, keep_shown, num_layers, rests, take_group
+from sharded_spd.groups import check_fingerprint, fuses_decay, keep_shown, num_layers, rests, take_group
 from sharded_spd.projector import Projector
 from sharded_spd.rules import Rule
 from sharded_spd.sources import GroupResolver, GroupSpec, Source
@@ -39,7 +39,11 @@ class AdamSPD(Adam):
         lr: learning rate, a float or a 0-d tensor.
         betas: decay of the two moments.
         eps: added to the denominator.
-        weight_decay: lambda, the strength of the pull; not multiplied by lr.
+        weight_decay: lambda, the strength of the pull; not multiplied by lr. While a group's is the number 0,
+            it is torch's Adam to the last bit and asks nothing of its anchors: no memory, no check. The
+            snapshot is taken when lambda is first positive, of weights that have not moved since they were
+            bound; where they have, the step raises. A warm-up of lambda from 0 needs the path of a
+            checkpoint, or lambda as a 0-d tensor, which may always be positive and so keeps the snapshot.
         amsgrad: use the maximum of the second moments.
         maximize: ascend.
         foreach: torch's multi-tensor implementation of Adam's step.
@@ -200,16 +204,21 @@ class AdamSPD(Adam):
             fuse = may_fuse(self)
         except Exception as error:
             self.projector.break_off(self, error)
-        step = self.projector.before_step(self, sums_later=fuse)
+        decays = frozenset(
+            id(group)
+            for spec, group in zip(self._specs, self.param_groups, strict=False)
+            if fuses_decay(spec, group)
+        )
+        step = self.projector.before_step(self, sums_later=fuse, base_decays=decays)
         try:
-            self._step_base(step if fuse else None)
+            self._step_base(step if fuse else None, decays)
         except Exception as error:
             self.projector.break_off(self, error)
         self.projector.after_step(self)
         return loss
 
-    def _step_base(self, step: Step | None) -> None:
-        """Adam's step; that of what the kernels can together with the sums of `step`."""
+    def _step_base(self, step: Step | None, decays: Set[int]) -> None:
+        """Adam's step; that of what the kernels can together with the sums of `step`, AdamW's of `decays`."""
         done: set[Tensor] = set()
         gathered = [self._gather(group) for group in self.param_groups]
         if step is not None:
@@ -217,7 +226,7 @@ class AdamSPD(Adam):
             with step.trying():
                 step.add_before()
         for group, lists in zip(self.param_groups, gathered, strict=True):
-            self._adam(group, lists, done)
+            self._adam(group, lists, done, decays=id(group) in decays)
 
     def _keep_groups(self) -> None:
         """What an optimizer around this one has copied into the groups, out of a checkpoint it may be."""
@@ -238,7 +247,7 @@ class AdamSPD(Adam):
         self._init_group(group, *lists)  # type: ignore[no-untyped-call]
         return lists
 
-    def _adam(self, group: dict[str, Any], lists: Lists, done: set[Tensor]) -> None:
+    def _adam(self, group: dict[str, Any], lists: Lists, done: set[Tensor], *, decays: bool) -> None:
         if done and done.issuperset(lists[0]):
             return
         if done:
@@ -256,7 +265,7 @@ class AdamSPD(Adam):
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=group["lr"],
-            weight_decay=0.0,  # lambda is the projection's, not Adam's
+            weight_decay=group["weight_decay"] if decays else 0.0,  # else it is the projection's
             eps=group["eps"],
             maximize=group["maximize"],
             foreach=group["foreach"],
@@ -265,6 +274,7 @@ class AdamSPD(Adam):
             fused=group["fused"],
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
+            decoupled_weight_decay=decays,
         )
 
     def state_dict(self) -> dict[str, Any]:

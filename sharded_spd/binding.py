@@ -18,6 +18,8 @@ from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, combine, slice_fingerprint
 from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.anchors.memory import TensorAnchor, take_region
+from sharded_spd.anchors.notes import about_products, kept_at_start, notes
+from sharded_spd.anchors.paths import some
 from sharded_spd.errors import AnchorError
 from sharded_spd.guard import Found, Unverified
 from sharded_spd.layout import BoundShard, ShardLayout, ShardSlice
@@ -103,6 +105,12 @@ class Binding:
         anchored = {fqn: own for fqn, own in self.options.items() if own.rule.spec.anchored}
         return {fqn for fqn, own in anchored.items() if is_on_disk(own.anchor)}
 
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The tensor of its file that each layer is anchored at; None: the file lacks it."""
+        files = {fqn: own.anchor for fqn, own in self.options.items() if own.rule.spec.anchored}
+        return {fqn: a.names.get(fqn) for fqn, a in files.items() if isinstance(a, FileAnchor)}
+
     def check_files(self) -> None:
         """Raises AnchorError where the file of an anchor on disk has changed since it was bound."""
         for fqn, held in self.held.items():
@@ -149,7 +157,8 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Values |
     if isinstance(options.anchor, str):
         values: Values = weight.to(options.anchor_dtype or weight.dtype, copy=True)
     else:
-        fetched = options.anchor.fetch(piece)
+        store = options.anchor
+        fetched = store.fetch(piece, weight) if isinstance(store, FileAnchor) else store.fetch(piece)
         if fetched is None:
             return None
         if fetched.numel() != piece.numel:
@@ -185,23 +194,44 @@ def cut(values: Values, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ..
     return take_region(values[: values.numel()].view(shape), piece)
 
 
-def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings]) -> None:
+def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], found: Found) -> None:
     by_store: dict[int, tuple[AnchorStore, dict[str, tuple[int, ...]]]] = {}
     for fqn, layer in options.items():
         if layer.rule.spec.anchored and not isinstance(layer.anchor, str):
             by_store.setdefault(id(layer.anchor), (layer.anchor, {}))[1][fqn] = layout.shapes[fqn]
     problems = []
     for store, shapes in by_store.values():
+        if isinstance(store, FileAnchor):
+            store.know(layout.facts, [*layout.fqns, *layout.elsewhere, *layout.model_fqns])
         problems += store.problems(shapes)
         if not problems and isinstance(store, FileAnchor):
-            problems += store.strays(layout.model_fqns)
+            on_purpose, strays = store.strays(layout.model_fqns)
+            found.strays |= {store.source: strays} if strays else {}
+            if on_purpose:
+                found.notes.append(
+                    f"{store.source}: {len(on_purpose)} tensors of layers that the model leaves out by its or the "
+                    f"checkpoint's configuration ({some(on_purpose, 3)}) are no anchor's"
+                )
     if problems:
         listing = "\n  ".join(problems)
         raise AnchorError(
             f"the anchor does not fit the model in {len(problems)} place(s); wanted a tensor of the layer's "
-            "shape for each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern):\n  "
-            f"{listing}"
+            "shape for each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern; another "
+            f"name in the file: names):\n  {listing}"
         )
+
+
+def _settle(
+    layout: ShardLayout,
+    options: Mapping[str, LayerSettings],
+    previous: Mapping[str, HeldAnchor],
+    found: Found,
+) -> Mapping[str, LayerSettings]:
+    """The options as they hold: adapters that zero would damage stay at their start, which is noted."""
+    anchors = {fqn: own.anchor for fqn, own in options.items() if own.rule.spec.anchored}
+    at_start = kept_at_start(anchors, layout.facts)
+    found.notes += notes({fqn: a for fqn, a in anchors.items() if fqn not in previous}, at_start)
+    return {**options, **{fqn: replace(options[fqn], anchor="snapshot") for fqn in at_start}}
 
 
 def bind(
@@ -230,14 +260,17 @@ def bind(
     totals: dict[str, _Totals] = {}
 
     def local() -> None:
-        _check_stores(layout, options)
+        _check_stores(layout, options, result.found)
+        result.options = settled = _settle(layout, options, previous, result.found)
+        refused: list[str] = []
+        nonzero: dict[str, bool] = {}
         for fqn, (shard, piece) in pieces.items():
-            if not options[fqn].rule.spec.anchored:
+            if not settled[fqn].rule.spec.anchored:
                 continue
             cut_out = slice(piece.offset, piece.offset + piece.numel)
             weight = flat(shard.tensor if shard.origin is None else shard.origin)[cut_out]
             shape, old = layout.shapes[fqn], previous.get(fqn)
-            resting = rests(options[fqn], shard.param_group) and (old is None or old.pending)
+            resting = rests(settled[fqn], shard.param_group) and (old is None or old.pending)
             if resting and old is not None and _same_part(old, piece):
                 # Its weights may move meanwhile: what they were when they were bound is what counts.
                 result.held[fqn] = replace(old, piece=piece)
@@ -247,15 +280,20 @@ def bind(
                 totals[fqn] = _Totals(norm_sq, torch.cat([prints, prints, seen.long()]))
                 result.unverified.resting.add(fqn)
                 continue
-            values, known = _values(old, options[fqn], piece, weight, shape)
+            values, known = _values(old, settled[fqn], piece, weight, shape)
+            if values is None and old is None and piece.numel:
+                nonzero[fqn] = bool(weight.any())
+                store = settled[fqn].anchor
+                if isinstance(store, FileAnchor) and shard.requires_grad:
+                    refused += filter(None, [store.refuse_zero(piece, weight)])
             if values is not None:
-                values = _place(values, shard.tensor, options[fqn])
+                values = _place(values, shard.tensor, settled[fqn])
             prints = slice_fingerprint(values, piece, shape).cpu()
-            cast = cast_of(options[fqn].anchor, fqn, weight, values) if old is None else None
+            cast = cast_of(settled[fqn].anchor, fqn, weight, values) if old is None else None
             stored = prints if cast is None else torch.tensor(cast.fingerprint)
             lossy = cast is not None and cast.worst > 0
             result.found.worst = max(result.found.worst, 0.0 if cast is None else cast.worst)
-            away = old is None and is_away(options[fqn].anchor, weight, values)
+            away = old is None and is_away(settled[fqn].anchor, weight, values)
             frozen = resting or not shard.requires_grad
             held = result.held[fqn] = _hold(values, piece, weight, prints, frozen=frozen)
             norm_sq = _norm_sq(values)
@@ -263,19 +301,22 @@ def bind(
                 held.norm_sq = float(norm_sq)
             if resting:
                 result.unverified.resting.add(fqn)
-            exact = options[fqn].anchor_dtype in (None, weight.dtype)
-            snapshot = options[fqn].anchor == "snapshot" and exact
+            exact = settled[fqn].anchor_dtype in (None, weight.dtype)
+            snapshot = settled[fqn].anchor == "snapshot" and exact
             # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
             told = (known or not snapshot) and piece.numel > 0
             seen = torch.tensor([told, fqn in unchecked, held.pending, old is not None, away, lossy])
             totals[fqn] = _Totals(norm_sq, torch.cat([prints, stored, seen.long()]))
+        if refused:
+            raise AnchorError("anchor_missing: zero does not fit:\n  " + "\n  ".join(refused))
+        result.found.notes += about_products(nonzero, layout.facts)
 
     agree(local, groups)
     _reduce(result, totals)
     # Tensors given by the user are bound now: this rank's shard is kept, theirs are let go.
     result.options = {
         fqn: replace(own, anchor="snapshot") if isinstance(own.anchor, TensorAnchor) else own
-        for fqn, own in options.items()
+        for fqn, own in result.options.items()
     }
     return result
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sharded_spd.anchors.base import AnchorStore, is_on_disk
 from sharded_spd.errors import ConfigError
+from sharded_spd.names import check_rules
 from sharded_spd.strict_yaml import read_yaml, unknown_key
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ class AnchorConfig:
     a safetensors checkpoint (relative to the working directory), or an `AnchorStore`. `dtype` "auto" keeps
     the stored dtype. `device` "cpu" keeps the anchor in host memory, "disk" leaves it in its files.
     `fingerprint` is the one that the anchor ought to have: of the layers that it is for, or, where a manifest
-    lies beside its files, of all in them.
+    lies beside its files, of all in them. `names`: patterns on whole names of layers, and what each is called
+    in the file ("student\\.(.*)": "\\1"); the first that matches wins, several may lead to one tensor.
     """
 
     source: str | AnchorStore = "snapshot"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "disk"] = "auto"
     fingerprint: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.source, os.PathLike):
@@ -51,6 +54,17 @@ class AnchorConfig:
             _check_on_disk(self.source)
         if self.fingerprint is not None:
             object.__setattr__(self, "fingerprint", _fingerprint(self.fingerprint, self.source))
+        object.__setattr__(self, "names", check_rules(self.names))
+        if self.names and not self.has_file:
+            raise ConfigError(
+                f"names: say what layers are called in a file, but the source is {_shown(self.source)}; wanted "
+                "the path of a checkpoint (an anchor store has its own: FileAnchor(path, names=...))"
+            )
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the source is a path."""
+        return isinstance(self.source, str) and self.source not in ("snapshot", "deferred", "zero")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +127,8 @@ class SPDConfig:
 
     `rule`: a rule's name or object. `weight_decay`: lambda, the strength. `max_pull`: upper bound of the pull
     lambda * r. `anchor`: an `AnchorConfig` or its bare source. `anchor_missing`: whether a layer that an
-    anchor file lacks is an error or anchored at zero. `layers`: settings by pattern, the first match wins.
+    anchor file lacks is an error or anchored at zero. `names`: those of the anchors' files that have none of
+    their own, see `AnchorConfig`. `layers`: settings by pattern, the first match wins.
     `defer`: where an engine steps its optimizer several times per step (DeepSpeed), one reduction for all.
     """
 
@@ -123,6 +138,7 @@ class SPDConfig:
     max_pull: float | None = None
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     anchor_missing: Literal["raise", "zero"] = "raise"
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
     layers: tuple[LayerConfig, ...] = ()
     defer: bool = False
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -142,6 +158,12 @@ class SPDConfig:
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, LayerConfig):
                 raise ConfigError(_mismatch(f"layers[{index}]", "a LayerConfig", layer))
+        object.__setattr__(self, "names", check_rules(self.names))
+        anchors = [self.anchor, *(layer.anchor for layer in self.layers if layer.anchor is not None)]
+        if self.names and not any(anchor.has_file for anchor in anchors):
+            raise ConfigError(
+                "names: say what layers are called in a file, but no anchor is the path of a checkpoint"
+            )
         if not isinstance(self.telemetry, TelemetryConfig):
             raise ConfigError(_mismatch("telemetry", "a TelemetryConfig", self.telemetry))
 

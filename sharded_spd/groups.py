@@ -14,6 +14,7 @@ from sharded_spd.engines.plain import is_left_alone
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.names import clean_fqns
 from sharded_spd.rules import make_rule
+from sharded_spd.rules.decay import Decay
 from sharded_spd.sources import GroupSpec, open_source, source_name
 
 _LET_GO = "bound"
@@ -109,6 +110,13 @@ def _check_range(key: str, value: Any, low: float, high: float) -> None:
 def rests(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
     """Whether a group asks nothing of its anchors; see `binding.rests`."""
     return binding.rests(LayerSettings(rule=spec.rule, anchor=spec.anchor), group)
+
+
+def fuses_decay(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
+    """Whether AdamW's decay is left to torch's fused step, which rounds half precision once, not twice."""
+    decays = spec.rule.spec.decays or isinstance(spec.rule, Decay)
+    number = not isinstance(group["weight_decay"], Tensor)
+    return bool(group["fused"]) and decays and number and group["max_pull"] is None
 
 
 def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> None:

@@ -40,7 +40,8 @@ class Found:
     `stored`: their fingerprints before a change of dtype. `away`: those that a checkpoint anchors elsewhere
     than at their weights. `lossy`: those whose values a change of dtype changed, on this rank by `worst` at
     most. `pinned`: the layers' fingerprints, also of other ranks', by anchor and the fingerprint it ought to
-    have.
+    have. `strays`: by the anchor's path, the tensors there that go on where the model ends. `notes`: what is
+    to be said once.
     """
 
     stored: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -48,6 +49,8 @@ class Found:
     lossy: list[str] = field(default_factory=list)
     worst: float = 0.0
     pinned: dict[tuple[str, str], dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    strays: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,38 @@ class Scope:
     layers: tuple[str, ...]
 
 
+class Loader(Protocol):
+    """How the library that a model is from reads its files."""
+
+    def rename(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """The model's name of each tensor of a file; and those that are made of others, and how."""
+        ...
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor that the model lacks is left out on purpose."""
+        ...
+
+    def loaded_from(self, root: Path) -> bool:
+        """Whether the model was loaded from this very place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model tells of its layers beside their shapes, the same on all ranks.
+
+    `ties`: the other names of a layer that is shared. `tables`: layers with a row per token (or class of
+    tokens), which grow and shrink with the vocabulary. `adapters`: how each adapter was initialised;
+    `adapter_parts`: what their parameters are called. `loader`: of the library that the model is from.
+    """
+
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tables: frozenset[str] = frozenset()
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    adapter_parts: frozenset[str] = frozenset()
+    loader: Loader | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
     """All layers of an engine, in model order, identical on all ranks of each scope.
@@ -76,6 +109,7 @@ class ShardLayout:
     `renamed` tells which layers had another name in the layout before this one. `everywhere` is the group of
     all ranks where some have layers that others have not (experts, optimizers that share the parameters out),
     else None; `elsewhere` are the layers that only others have. `stage`: the model is a part of a pipeline's.
+    `facts` are the model's own.
     """
 
     fqns: tuple[str, ...]
@@ -86,6 +120,7 @@ class ShardLayout:
     everywhere: ProcessGroup | None = None
     elsewhere: tuple[str, ...] = ()
     stage: bool = False
+    facts: ModelFacts = field(default_factory=ModelFacts)
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from sharded_spd.errors import AnchorError
+from sharded_spd.errors import AnchorError, ConfigError
 
 _WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fpw_module", "_fsdp_wrapped_module", "_orig_mod"})
 _DDP = "module."
@@ -14,6 +15,46 @@ _PEFT = "base_model.model."
 # A module that PEFT trains whole: its copy and its original both started from the checkpoint's tensor.
 _PEFT_COPY = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
 _PEFT_BASE = re.compile(r"\.base_layer(?=\.)")
+# Of a model that PEFT wraps below the top, or wraps again.
+_PEFT_WITHIN = re.compile(r"(?:(?<=\.)|^)base_model\.model\.")
+
+
+def check_rules(rules: object) -> dict[str, str]:
+    """A mapping of patterns on layers' names to the names in a file, as `names` in the settings.
+
+    Raises:
+        ConfigError: it is none, or one of its patterns or replacements is not valid.
+    """
+    if not isinstance(rules, Mapping):
+        raise ConfigError(f"names: wanted a mapping of patterns to names in the file, got {rules!r:.100}")
+    for pattern, replacement in rules.items():
+        if not isinstance(pattern, str) or not pattern or not isinstance(replacement, str) or not replacement:
+            raise ConfigError(
+                f"names: wanted a regular expression on layers' names and the name in the file, got "
+                f"{pattern!r:.100}: {replacement!r:.100}"
+            )
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise ConfigError(
+                f"names: {pattern!r}: {replacement!r} is not valid: {error}; wanted a regular expression that "
+                r'matches a whole name, and a replacement in which \1 is its first group: "student\.(.*)": "\1"'
+            ) from None
+    return dict(rules)
+
+
+def apply_rules(name: str, rules: Mapping[str, str]) -> str:
+    """What the first pattern that matches the whole `name` makes of it; `name` where none does."""
+    for pattern, replacement in rules.items():
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return match.expand(replacement)
+    return name
+
+
+def shown_rule(pattern: str, replacement: str) -> str:
+    """A rule as a user writes it."""
+    return f"names: {json.dumps({pattern: replacement})}"
 
 
 def clean_fqn(name: str) -> str:
@@ -66,7 +107,7 @@ def _plain(names: Collection[str]) -> dict[str, str]:
     while plain and all(value.startswith(_DDP) for value in plain.values()):
         plain = {name: value.removeprefix(_DDP) for name, value in plain.items()}
     return {
-        name: _PEFT_BASE.sub("", _PEFT_COPY.sub("", value.removeprefix(_PEFT)))
+        name: _PEFT_BASE.sub("", _PEFT_COPY.sub("", _PEFT_WITHIN.sub("", value)))
         for name, value in plain.items()
     }
 
@@ -79,7 +120,10 @@ def _join(found: dict[str, str], wanted: Mapping[str, str], available: Mapping[s
             continue
         if len(by_key[key]) > 1:
             names = ", ".join(sorted(by_key[key]))
-            raise AnchorError(f"{name}: could be any of {names} of the checkpoint; rename the tensors there")
+            raise AnchorError(
+                f"{name}: could be any of {names} of the checkpoint; rename the tensors there, or say which "
+                f"by {shown_rule(re.escape(name), by_key[key][0])}"
+            )
         found[name] = by_key[key][0]
 
 
@@ -93,13 +137,18 @@ def _by_base_prefix(
     by_key = {key: names[0] for key, names in _grouped(available).items() if len(names) == 1}
     heads = {key.partition(".")[0] for key in by_key if "." in key}
     trials: dict[str, dict[str, str]] = defaultdict(dict)
+    rules: dict[str, str] = {}
     for name, plain in missing.items():
         head, _, rest = plain.partition(".")
         if rest in by_key:
-            trials[f"without {head!r}"][name] = by_key[rest]
+            change = f"without {head!r}"
+            trials[change][name] = by_key[rest]
+            rules[change] = shown_rule(rf"{re.escape(head)}\.(.*)", r"\1")
         for prefix in heads:
             if f"{prefix}.{plain}" in by_key:
-                trials[f"with {prefix!r} in front"][name] = by_key[f"{prefix}.{plain}"]
+                change = f"with {prefix!r} in front"
+                trials[change][name] = by_key[f"{prefix}.{plain}"]
+                rules[change] = shown_rule("(.*)", rf"{prefix}.\1")
     settled = {wanted[name].partition(".")[0] for name in found}
     plausible = {
         change: hits
@@ -108,8 +157,10 @@ def _by_base_prefix(
     }
     if len(plausible) > 1:
         example = ", ".join(f"{change}: {len(hits)} layers" for change, hits in sorted(plausible.items()))
+        ways = " or ".join(rules[change] for change in sorted(plausible))
         raise AnchorError(
-            f"the layers' names fit the checkpoint in more than one way ({example}); rename the tensors there"
+            f"the layers' names fit the checkpoint in more than one way ({example}); say which by {ways} (or "
+            "several patterns, also to the same tensors), or rename the tensors there"
         )
     return next(iter(plausible.values()), {})
 
@@ -119,7 +170,8 @@ def _refuse_shared(found: Mapping[str, str]) -> None:
     for key, names in _grouped(found).items():
         if len({_PEFT_COPY.sub("", clean_fqn(name)) for name in names}) > 1:
             raise AnchorError(
-                f"{', '.join(names)}: all would be {key} of the checkpoint; rename the tensors there"
+                f"{', '.join(names)}: all would be {key} of the checkpoint; rename the tensors there, or, if "
+                f"they began as copies of it, say so by {shown_rule(re.escape(names[-1]), key)}"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -108,6 +108,10 @@ class Projector:
         binding = self._require()
         return {**binding.elsewhere, **binding.fingerprints}
 
+    def anchor_names(self) -> dict[str, str | None]:
+        """The tensor of its file that each layer is anchored at; None: at zero. Without other anchors."""
+        return self._require().names
+
     def group_fingerprints(
         self, optimizer: Optimizer, ranks: ProcessGroup | None = None, binding: Binding | None = None
     ) -> list[str]:
@@ -211,6 +215,7 @@ class Projector:
         self._rosters.clear()
         self._turns.clear()
         self._adapter.mark(binding.fingerprint)
+        warn.about_anchors(binding)
         if old is None:
             restore()
             self._loaded, self._seed = {}, {}
@@ -219,6 +224,7 @@ class Projector:
     def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
         vouch.check_stored(binding)
         if self._binding is None:
+            vouch.check_strays(binding)
             vouch.check_pinned(binding)
             vouch.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
         else:
@@ -263,12 +269,14 @@ class Projector:
         return roster
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, *, sums_later: bool = False) -> Step | None:
+    def before_step(
+        self, optimizer: Optimizer, *, sums_later: bool = False, base_decays: Set[int] = frozenset()
+    ) -> Step | None:
         """Take the statistics before `optimizer` steps; its gradients must be there.
 
         What fails on this rank is raised here where no rank waits for it, else once all ranks know: at the
         first reduction of the step. With `sums_later` the caller takes the sums, of the step that comes back
-        (None: unbound).
+        (None: unbound). `base_decays` are the ids of param groups whose decay the base step does itself.
 
         Raises:
             BindingError: unbound with gradients, or a parameter that was swapped or added since `bind()`.
@@ -280,6 +288,7 @@ class Projector:
             return None
         self._catch_up(optimizer)
         step, shards = self._begin(optimizer)
+        step.base_decays = base_decays
         self._turns[optimizer] = self._turns.get(optimizer, 0) + 1
         if step.failure is None:
             with step.trying():

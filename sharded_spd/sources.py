@@ -28,10 +28,11 @@ def open_source(
     missing: Any = "raise",
     *,
     on_disk: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> AnchorStore | Literal["snapshot"]:
     """The store of an anchor source; "deferred" is a snapshot that is taken later.
 
-    `on_disk` leaves the values of a path in their files.
+    `on_disk` leaves the values of a path in their files; `names` are the layers' there.
     """
     if isinstance(source, AnchorStore):
         return source
@@ -47,7 +48,7 @@ def open_source(
         return "snapshot"
     if source == "zero":
         return ZeroAnchor()
-    return (MappedAnchor if on_disk else FileAnchor)(source, dtype=dtype, missing=missing)
+    return (MappedAnchor if on_disk else FileAnchor)(source, dtype, missing, names)
 
 
 def source_name(source: Source) -> str:
@@ -158,8 +159,11 @@ class ConfigResolver:
         if isinstance(anchor.source, AnchorStore):
             return anchor.source
         on_disk = anchor.device == "disk"
-        key = f"{anchor.source}:{anchor.dtype}:{on_disk}"
+        names = anchor.names or self._config.names
+        key = f"{anchor.source}:{anchor.dtype}:{on_disk}:{list(names.items())}"
         if key not in self._stores:
             missing = self._config.anchor_missing
-            self._stores[key] = open_source(anchor.source, anchor.dtype, missing, on_disk=on_disk)
+            self._stores[key] = open_source(
+                anchor.source, anchor.dtype, missing, on_disk=on_disk, names=names
+            )
         return self._stores[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -47,6 +47,8 @@ class Step:
         """What this rank could not do."""
         self.absent = False
         """Whether `failure` is that this rank takes no step at all."""
+        self.base_decays: Set[int] = frozenset()
+        """The ids of the param groups whose decay the base step does itself."""
         self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._guarded = binding.unverified.among(plan.fqns)
         self._guard: Tensor | None = None
@@ -322,6 +324,8 @@ class Step:
         by_row = rule.spec.granularity == "row"
         may, most = (stats.to_rows(active), stats.to_rows(limit)) if by_row else (active, limit)
         s = torch.where(may & torch.isfinite(s), torch.minimum(s, most), 0.0)
+        if self.base_decays and rule.spec.when == "before" and not rule.spec.decays:
+            s = torch.where(self._decayed_by_base(part), 0.0, s)
         part.state = {name: torch.where(active, state[name], old) for name, old in part.state.items()}
         if rule.spec.granularity == "layer" and not rule.spec.shard_state:
             for batch in self._batches:
@@ -336,12 +340,18 @@ class Step:
             per_layer = torch.full_like(s, torch.nan)  # what it did is no number per layer
         self._plan.report(part, per_layer, self._report(part, stats, per_layer, flags))
 
+    def _decayed_by_base(self, part: RulePart) -> Tensor:
+        groups = {piece.layer: id(shard.param_group) for shard in self._shards for piece in shard.slices}
+        return torch.tensor([groups[fqn] in self.base_decays for fqn in part.fqns], device=self._plan.device)
+
     def _decay(self, part: RulePart) -> None:
         """AdamW's decay of the layers whose strength is their param group's own."""
         s = self._options(part).lr * self._options(part).weight_decay
         active = self._active(part, self._no_stats(part), self._flags)
         own = [self._binding.options[fqn].weight_decay is None for fqn in part.fqns]
         s = torch.where(active & torch.tensor(own, device=s.device) & torch.isfinite(s), s, 0.0)
+        if self.base_decays:
+            s = torch.where(self._decayed_by_base(part), 0.0, s)
         for item in self._items:
             if item.part is part:
                 pull_(item.tensors.flat_weight(), None, s[item.index])

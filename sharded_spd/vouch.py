@@ -62,6 +62,27 @@ def check_stored(binding: Binding) -> None:
         )
 
 
+def check_strays(binding: Binding) -> None:
+    """Refuse files that go on where the model ends, unless the model begins at their values: it was cut from one.
+
+    Raises:
+        AnchorError: where they are probably a larger model's.
+    """
+    strays, away = binding.found.strays, set(binding.found.away)
+    for source, names in strays.items():
+        own = [fqn for fqn, o in binding.options.items() if getattr(o.anchor, "source", "") == source]
+        if not away.intersection(own):
+            binding.found.notes.append(
+                f"{source}: holds {len(names)} tensors of layers that the model lacks ({some(names, 3)}); the model "
+                "begins at the values of the others there, so it was cut from a larger one"
+            )
+            continue
+        raise AnchorError(
+            f"{source}: holds {len(names)} tensors that the model lacks although it has their like "
+            f"({some(names)}), and other values of the layers that both have, so it is probably a larger model's"
+        )
+
+
 def check_pinned(binding: Binding) -> None:
     """Compare the fingerprints that the configuration names with those of the layers that they are for.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +11,8 @@ import torch
 from sharded_spd.anchors.paths import some
 from sharded_spd.binding import Binding
 from sharded_spd.layout import BoundShard
+
+_LOG = logging.getLogger(__name__)
 
 
 def about_excess(pull: float) -> None:
@@ -28,6 +31,16 @@ def about_telemetry(path: str | None, error: OSError) -> None:
         "can; training goes on",
         stacklevel=2,
     )
+
+
+def about_anchors(binding: Binding) -> None:
+    """Anchors that are not just the tensor of the layer's own name, of layers bound for the first time."""
+    found, binding.found.notes = binding.found.notes, []
+    for note in found:
+        warnings.warn(note, stacklevel=2)
+    renamed = [f"{fqn} <- {key}" for fqn, key in binding.names.items() if key not in (None, fqn)]
+    if renamed:
+        _LOG.info("%d layers have another name in the anchor's file: %s", len(renamed), some(renamed, 3))
 
 
 def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:

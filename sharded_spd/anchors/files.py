@@ -6,19 +6,25 @@ import difflib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from sharded_spd.anchors import naming
+from sharded_spd.anchors.adapters import neutral_at
 from sharded_spd.anchors.base import Cast, Values
-from sharded_spd.anchors.casting import may_lose, read_cast
+from sharded_spd.anchors.beyond import beyond
+from sharded_spd.anchors.casting import may_lose, read_cast, same_values
 from sharded_spd.anchors.checkpoint import Checkpoint
+from sharded_spd.anchors.fingerprint import slice_fingerprint
 from sharded_spd.anchors.paths import some
 from sharded_spd.anchors.reader import StoredTensor, read_piece
+from sharded_spd.anchors.rows import other_rows, said, shared_part
 from sharded_spd.errors import AnchorError
-from sharded_spd.layout import ShardSlice
-from sharded_spd.names import match_names
+from sharded_spd.layout import ModelFacts, ShardSlice
+from sharded_spd.names import apply_rules, check_rules
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUMBER = re.compile(r"\d+")
@@ -29,7 +35,8 @@ class FileAnchor:
 
     Making one does not touch the disk: what is wrong with the files comes out of `problems`, so that all
     ranks can agree on it first. `dtype` "auto" keeps the stored dtype. `missing` "zero" anchors layers that
-    the checkpoint lacks at zero. No file stays open.
+    the checkpoint lacks at zero. `names` are patterns on whole names of layers (`re.fullmatch`), the first
+    wins, and the names in the file that they lead to; several may lead to one tensor. No file stays open.
     """
 
     def __init__(
@@ -37,6 +44,7 @@ class FileAnchor:
         path: str | os.PathLike[str],
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         missing: Literal["raise", "zero"] = "raise",
+        names: Mapping[str, str] | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise AnchorError(f"dtype: wanted one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -45,14 +53,28 @@ class FileAnchor:
         self._path = os.fspath(path)
         self._dtype = _DTYPES[dtype]
         self._zero = missing == "zero"
+        self._rules = check_rules({} if names is None else names)
         self._stored = Checkpoint(self._path)
+        self._facts = ModelFacts()
+        self._fqns: frozenset[str] = frozenset()
         self._names: dict[str, str | None] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._rows: dict[str, int] = {}
         self._casts: dict[str, Cast] = {}
 
     @property
     def source(self) -> str:
         """The checkpoint's path, as it was given."""
         return self._path
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The tensor that each layer takes its values from; None: the file lacks it."""
+        return dict(self._names)
+
+    def know(self, facts: ModelFacts, fqns: Iterable[str]) -> None:
+        """Take note of what the model says of its layers, and of the names of all of them."""
+        self._facts, self._fqns = facts, frozenset(fqns)
 
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """One sentence per layer (or file) that cannot be served with that full shape; empty when all can.
@@ -61,19 +83,23 @@ class FileAnchor:
         """
         try:
             files, _ = self._stored.files(), self._stored.manifest()
-            names = match_names(list(shapes), files)
+            naming_ = self._find(shapes)
         except AnchorError as error:
             return [str(error)]
+        names, found = naming_.keys, self._idle_rules(shapes)
         nothing = bool(shapes) and not names and not any(self._names.values())
         self._names.update({layer: names.get(layer) for layer in shapes})
+        self._shapes.update({layer: tuple(shape) for layer, shape in shapes.items()})
         if nothing and self._zero:
-            return [self._nothing_found(list(shapes), list(files))]
-        found: list[str] = []
+            return [*found, self._nothing_found(list(shapes), list(files))]
         broken: dict[str, list[str]] = defaultdict(list)
         for layer, shape in shapes.items():
             key = names.get(layer)
             if key is None:
-                found += [] if self._zero else [self._missing(layer, suggest=len(found) < 3)]
+                if layer in naming_.otherwise:
+                    found.append(self._elsewhere(layer, naming_.otherwise[layer]))
+                elif not self._zero:
+                    found.append(self._missing(layer, suggest=len(found) < 3))
                 continue
             try:
                 tensor = self._stored.tensor(key)
@@ -83,42 +109,146 @@ class FileAnchor:
                 continue
             if file is not None:
                 broken[file].append(layer)
-            found += _misfits(layer, tuple(shape), tensor) or ([f"{layer}: {fault}"] if fault else [])
+            found += self._misfits(layer, tuple(shape), tensor) or ([f"{layer}: {fault}"] if fault else [])
         return [f"{error} (needed for {some(layers)})" for error, layers in broken.items()] + found
 
-    def strays(self, model_fqns: Sequence[str]) -> list[str]:
-        """One sentence if the checkpoint goes on where the model ends: layers of the same kinds.
+    def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> naming.Naming:
+        def fits(layer: str, key: str) -> bool:
+            return self._stored.tensor(key).shape == tuple(shapes[layer])
 
-        Other tensors that the model lacks (a head of the pre-training, buffers) are nobody's concern.
-        """
-        files = self._stored.files()
-        claimed = set(match_names(list(model_fqns), files).values())
-        kinds = {_NUMBER.sub("#", name) for name in claimed}
-        strays = [name for name in files if name not in claimed and _NUMBER.sub("#", name) in kinds]
-        if not strays:
-            return []
+        return naming.find(list(shapes), self._stored.files(), self._facts, self._rules, fits)
+
+    def _idle_rules(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Rules that match no layer of the model at all."""
+        known = self._fqns or frozenset(shapes)
+        listing = [*known, *(other for names in self._facts.ties.values() for other in names)]
+        idle = [rule for rule in self._rules if not any(re.fullmatch(rule, name) for name in listing)]
         return [
-            f"{self._path}: holds {len(strays)} tensors that the model lacks although it has their like "
-            f"({some(strays)}), so it is probably a larger model's"
+            f"names: {rule!r} matches no layer; it must match a whole name (re.fullmatch); got "
+            f"{some(sorted(known), 8)}"
+            for rule in idle
         ]
 
-    def fetch(self, piece: ShardSlice) -> Values | None:
+    def _misfits(self, layer: str, shape: tuple[int, ...], tensor: StoredTensor) -> list[str]:
+        where = f"{tensor.path} ({tensor.name})"
+        self._rows.pop(layer, None)
+        if tensor.shape != shape:
+            names = (layer, *self._facts.ties.get(layer, ()), tensor.name)
+            if not other_rows(names, shape, tensor.shape, self._facts):
+                return [f"{layer}: has shape {list(shape)}, in {where} it has {list(tensor.shape)}"]
+            self._rows[layer] = tensor.shape[0]
+        if tensor.dtype is None:
+            return [f"{layer}: is {tensor.stored_as} in {where}; wanted floating point of 16 bits or more"]
+        return []
+
+    def strays(self, model_fqns: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Layers with which the checkpoint goes on where the model ends, as of a larger model.
+
+        Those that its configuration or the loader leaves out on purpose (to predict several tokens), and the
+        others. Tensors that are no layer's like (a head of the pre-training, buffers) are nobody's concern.
+        """
+        files = self._stored.files()
+        claimed = set(naming.find(model_fqns, files, self._facts, self._rules, lambda *_: True).keys.values())
+        kinds = {_NUMBER.sub("#", name) for name in claimed}
+        strays = [name for name in files if name not in claimed and _NUMBER.sub("#", name) in kinds]
+        on_purpose = set(beyond(strays, claimed, self._stored.folder))
+        loader = self._facts.loader
+        if loader is not None:
+            cut = loader.loaded_from(self._stored.root)
+            on_purpose |= {name for name in strays if cut or loader.ignores(name)}
+        return [n for n in strays if n in on_purpose], [n for n in strays if n not in on_purpose]
+
+    def at_start(self, layers: Iterable[str]) -> list[str]:
+        """Those of the layers that the file lacks, and that zero would damage: they stay at their start."""
+        lacking = [layer for layer in layers if self._names.get(layer) is None]
+        return [layer for layer in lacking if neutral_at(layer, self._facts) == "start"] if self._zero else []
+
+    def notes(self, layers: Iterable[str]) -> list[str]:
+        """What the one who chose this anchor ought to hear once: layers at zero, tables of another size."""
+        listed = [layer for layer in layers if layer in self._names]
+        resized = [layer for layer in listed if layer in self._rows]
+        zero = [layer for layer in listed if self._names[layer] is None]
+        found = []
+        if resized:
+            each = [said(n, self._shapes[n], (self._rows[n],)) for n in resized]
+            found.append(f"{self._path}: resized tables of tokens: {some(each, 4)}")
+        if zero:
+            found.append(
+                f"{self._path}: lacks {len(zero)} layer(s), anchored at zero (anchor_missing: zero): "
+                f"{some(zero, 8)}"
+            )
+        return found
+
+    def fetch(self, piece: ShardSlice, weight: Tensor | None = None) -> Values | None:
         """Read the values of `piece` as a fresh 1-D tensor `[piece.numel]`; None: anchored at zero.
+
+        `weight`, this rank's own values of it, is what rows are anchored at that the file lacks.
 
         Raises:
             AnchorError: the checkpoint lacks the layer, its file is damaged, or the piece lies outside of it.
         """
         try:
             if piece.layer not in self._names:
-                self._names[piece.layer] = match_names([piece.layer], self._stored.files()).get(piece.layer)
+                found = naming.find(
+                    [piece.layer], self._stored.files(), self._facts, self._rules, lambda *_: True
+                )
+                self._names[piece.layer] = found.keys.get(piece.layer)
             key = self._names[piece.layer]
             if key is not None:
-                return self._read(self._stored.tensor(key), piece)
+                tensor = self._stored.tensor(key)
+                if piece.layer in self._rows and weight is not None:
+                    return self._read_rows(tensor, piece, weight)
+                return self._read(tensor, piece)
         except AnchorError as error:
             raise AnchorError(f"{piece.layer}: {error}") from None
         if self._zero:
             return None
         raise AnchorError(self._missing(piece.layer, suggest=True))
+
+    def _read_rows(self, tensor: StoredTensor, piece: ShardSlice, weight: Tensor) -> Tensor:
+        """Of a table with another number of rows: what both have from the file, the rest from `weight`."""
+        part = shared_part(piece, self._shapes[piece.layer], self._rows[piece.layer])
+        dtype = self._dtype or tensor.dtype or weight.dtype
+        own = FileAnchor._read(self, tensor, part)  # in memory, for not all of it lies in the file
+        values = weight.detach().to(dtype, copy=True)
+        values[: part.numel] = own[: part.numel].to(values.device)
+        if piece.layer not in self._casts:  # a manifest knows of the file's rows alone
+            stored = slice_fingerprint(own, part, tensor.shape)
+            self._casts[piece.layer] = Cast(tuple(stored.tolist()), 0.0)
+        return values
+
+    def refuse_zero(self, piece: ShardSlice, weight: Tensor) -> str | None:
+        """Why a layer that the file lacks must not be anchored at zero, as its values tell; None: it may be.
+
+        It is a gain (one value throughout, which is not zero), or has the values of a tensor of the file that
+        is no other layer's: it is there under another name.
+        """
+        if self._names.get(piece.layer) is not None or neutral_at(piece.layer, self._facts) == "zero":
+            return None
+        if weight.numel() < 2 or not bool((weight != 0).any()):
+            return None
+        way_out = "anchor it at its start (anchor: snapshot) or leave it out (rule: none) by pattern"
+        if bool((weight == weight[0]).all()):
+            return (
+                f"{piece.layer}: missing in {self._path}, and {float(weight[0]):g} throughout as the gain of a "
+                f"norm is, so zero would switch off what it scales; {way_out}"
+            )
+        twin = self._twin(piece, weight)
+        if twin is None:
+            return None
+        rule = naming.exact_rule(piece.layer, twin)
+        return (
+            f"{piece.layer}: has the values of {twin} in {self._path}; it is there under another name: {rule}"
+        )
+
+    def _twin(self, piece: ShardSlice, weight: Tensor) -> str | None:
+        taken, shape = set(self._names.values()), self._shapes.get(piece.layer)
+        for key in self._stored.files():
+            tensor = None if key in taken else self._stored.tensor(key)
+            if tensor is not None and tensor.shape == shape and tensor.dtype is not None:
+                if same_values(weight, read_piece(tensor, piece.region, numel=piece.numel)):
+                    return key
+        return None
 
     def expected(self, layer: str) -> tuple[int, ...] | None:
         """The fingerprint that the manifest beside the files has of the layer; None without a manifest.
@@ -127,6 +257,8 @@ class FileAnchor:
             AnchorError: the manifest is damaged.
         """
         manifest, key = self._stored.manifest(), self._names.get(layer)
+        if layer in self._rows and self._rows[layer] > self._shapes[layer][0]:
+            return None  # the layer has a part of the tensor only
         entry = manifest.tensors.get(key) if manifest is not None and key is not None else None
         return None if entry is None else entry.fingerprint
 
@@ -147,9 +279,18 @@ class FileAnchor:
         return values
 
     def _missing(self, layer: str, *, suggest: bool) -> str:
-        near = difflib.get_close_matches(layer, self._stored.files(), n=1) if suggest else []
+        files = self._stored.files()
+        near = difflib.get_close_matches(layer, files, n=1) if suggest else []
         closest = f" (closest there: {near[0]})" if near else ""
-        return f"{layer}: missing in {self._path}{closest}; anchor_missing: zero would anchor it at zero"
+        rule = naming.suggest(apply_rules(layer, self._rules), files) if suggest else None
+        way = f"{rule} would find it, " if rule else ""
+        return f"{layer}: missing in {self._path}{closest}; {way}anchor_missing: zero would anchor it at zero"
+
+    def _elsewhere(self, layer: str, why: str) -> str:
+        return (
+            f"{layer}: missing in {self._path}, and not to be anchored at zero: {why}; anchor it at its start "
+            "(anchor: snapshot) by pattern"
+        )
 
     def _nothing_found(self, layers: list[str], keys: list[str]) -> str:
         return (
@@ -157,12 +298,3 @@ class FileAnchor:
             f"layers: {some(layers)}; tensors there: {some(keys)}; to anchor them all at zero, say "
             "anchor: zero"
         )
-
-
-def _misfits(layer: str, shape: tuple[int, ...], tensor: StoredTensor) -> list[str]:
-    where = f"{tensor.path} ({tensor.name})"
-    if tensor.shape != shape:
-        return [f"{layer}: has shape {list(shape)}, in {where} it has {list(tensor.shape)}"]
-    if tensor.dtype is None:
-        return [f"{layer}: is {tensor.stored_as} in {where}; wanted floating point of 16 bits or more"]
-    return []

@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from sharded_spd.engines.base import keep
+from sharded_spd.engines.facts import facts_of
 from sharded_spd.engines.parts import gather_whole, take_part
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.engines.zero_layout import Flat, holds_exactly, read_flats
@@ -113,6 +114,8 @@ class DeepSpeedAdapter:
         self.names: dict[Tensor, str] = {}
         for fqn, param in zip(self._model_fqns, params, strict=True):
             self.names.setdefault(param, fqn)
+        by_raw = {raw: fqn for (raw, _), fqn in zip(named, self._model_fqns, strict=True)}
+        self._facts = facts_of(engine.module, named, by_raw)
 
     @property
     def agreement_groups(self) -> Sequence[ProcessGroup]:
@@ -156,7 +159,9 @@ class DeepSpeedAdapter:
         everywhere = data_parallel_group(self._engine) if experts else None
         # This rank does not know the names of other ranks' experts.
         model_fqns = () if experts else self._model_fqns
-        return ShardLayout(tuple(self._shapes), self._shapes, scoped, model_fqns, everywhere=everywhere)
+        return ShardLayout(
+            tuple(self._shapes), self._shapes, scoped, model_fqns, everywhere=everywhere, facts=self._facts
+        )
 
     def bind(self, optimizer: Optimizer, *, grads: bool) -> Sequence[BoundShard]:
         """All flats; with `grads` those of the inner call that is about to run.

@@ -46,6 +46,15 @@ def _named_units(model: Module) -> Iterator[tuple[str, Any]]:
                 yield prefix, unit
 
 
+def fsdp1_ties(model: Module) -> Iterator[tuple[str, str]]:
+    """The name that each shared parameter has in `fsdp1_parts`, and each of its others."""
+    for prefix, unit in _named_units(model):
+        if unit._handle is not None:
+            for name, _, path, first_name, _, first_path in unit._handle.flat_param._shared_param_infos:
+                first = ".".join(filter(None, (prefix, first_path, first_name)))
+                yield first, ".".join(filter(None, (prefix, path, name)))
+
+
 def _unit_parts(prefix: str, unit: Any, handle: Any) -> Iterator[tuple[Tensor, Part]]:
     flat = handle.flat_param
     names = tuple(f"{prefix}.{fqn}" if prefix else fqn for fqn in flat._fqns)

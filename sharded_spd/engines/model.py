@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_spd.engines.facts import facts_of
 from sharded_spd.engines.fairscale import fairscale_parts, fairscale_units
-from sharded_spd.engines.fsdp1 import fsdp1_parts, fsdp1_units
+from sharded_spd.engines.fsdp1 import fsdp1_parts, fsdp1_ties, fsdp1_units
 from sharded_spd.engines.parts import Part
+from sharded_spd.layout import ModelFacts
 from sharded_spd.names import clean_fqn, clean_fqns
 
 
@@ -23,13 +25,15 @@ from sharded_spd.names import clean_fqn, clean_fqns
 class ModelView:
     """`names`: the FQN of each parameter that is one layer; `parts`: of the tensors that a wrapper cut.
 
-    `fqns` are all the model's, in its order; `replicas` the group of DistributedDataParallel.
+    `fqns` are all the model's, in its order; `replicas` the group of DistributedDataParallel; `facts` what
+    else the model tells of its layers.
     """
 
     names: Mapping[Tensor, str] = field(default_factory=dict)
     parts: Mapping[Tensor, Part] = field(default_factory=dict)
     fqns: tuple[str, ...] = ()
     replicas: ProcessGroup | None = None
+    facts: ModelFacts = field(default_factory=ModelFacts)
 
 
 def view_model(model: Module) -> ModelView:
@@ -41,11 +45,13 @@ def view_model(model: Module) -> ModelView:
         if callable(reshard) and hasattr(module, "set_reshard_after_backward"):
             reshard()
     raw_parts = {**dict(fsdp1_parts(model)), **dict(fairscale_parts(model))}
-    named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p not in raw_parts]
+    everything = list(model.named_parameters(remove_duplicate=False))
+    named = [(n, p) for n, p in everything if p not in raw_parts]
     raw = [name for name, _ in named]
     raw += [piece.layer for part in raw_parts.values() for piece in part.slices]
-    cleaned = clean_fqns(raw)
-    by_raw = dict(zip(raw, cleaned, strict=True))
+    ties = list(fsdp1_ties(model))
+    with_ties = raw + [other for _, other in ties]
+    by_raw = dict(zip(with_ties, clean_fqns(with_ties), strict=True))
     parts = {tensor: part.renamed(by_raw) for tensor, part in raw_parts.items()}
     names: dict[Tensor, str] = {}
     for name, param in named:
@@ -54,8 +60,8 @@ def view_model(model: Module) -> ModelView:
         if len(part.slices) == 1:
             names[tensor] = part.slices[0].layer
     group = model.process_group if isinstance(model, DistributedDataParallel) else None
-    fqns = _in_order(raw, by_raw, model) if parts else tuple(cleaned)
-    return ModelView(names, parts, fqns, group)
+    fqns = _in_order(raw, by_raw, model) if parts else tuple(by_raw[name] for name in raw)
+    return ModelView(names, parts, fqns, group, facts_of(model, named, by_raw, ties))
 
 
 def wrapper_groups(model: Module) -> list[ProcessGroup]:

@@ -204,9 +204,18 @@ class ParameterAdapter:
         self._lineups, self._watch = {}, ModelWatch()
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
-        scopes, everywhere = _scopes(pieces), self._everywhere
-        fqns, stage = self._view.fqns, is_stage(list(parts), self._model(), params)
-        return ShardLayout(tuple(params), shapes, scopes, fqns, renamed, everywhere=everywhere, stage=stage)
+        scopes, view, everywhere = _scopes(pieces), self._view, self._everywhere
+        stage = is_stage(list(parts), self._model(), params)
+        return ShardLayout(
+            tuple(params),
+            shapes,
+            scopes,
+            view.fqns,
+            renamed,
+            everywhere=everywhere,
+            stage=stage,
+            facts=view.facts,
+        )
 
     def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
         if param.dtype not in _REAL:

@@ -37,8 +37,26 @@ def kernels_for(device_type: str) -> Backend:
     if chosen != "reference" and (device_type == "cuda" or (device_type == "cpu" and interpreted)):
         found = _triton(device_type, insist=chosen == "triton")
     elif device_type == "cpu":
-        found = cpu_kernels()
+        found = _compiled(insist=chosen == "cpu")
     return REFERENCE if found is None else found
+
+
+def _compiled(*, insist: bool) -> Backend | None:
+    """The compiled kernels, once they have done a step as plain torch does; None where they do not."""
+    kernels = cpu_kernels()
+    if kernels is None:
+        return None
+    try:
+        check(kernels, "cpu")
+    except RuntimeError as error:
+        if insist:
+            raise RuntimeError(
+                f"{SWITCH}=cpu: the compiled kernels are wrong ({error}). Try another compiler ($CC), or set "
+                f"{SWITCH}=auto"
+            ) from error
+        _LOG.warning("plain torch is used on cpu, the compiled kernels are wrong: %s", error)
+        return None
+    return kernels
 
 
 def _triton(device_type: str, *, insist: bool) -> Backend | None:

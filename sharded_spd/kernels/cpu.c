@@ -6,6 +6,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef SPD_SOURCE
+#define SPD_SOURCE ""
+#endif
+
+/* Of which source this is; it is asked before anything else is called. */
+const char *spd_source(void) { return SPD_SOURCE; }
+
 #define LANES 16
 #define PIECE 512    /* elements that are converted at a time; they stay in the first cache */
 #define CHUNK 65536  /* elements of one partial sum */

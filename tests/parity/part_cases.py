@@ -1,4 +1,4 @@
-"""What the optimizer's parameters are of the model: a stage of a pipeline, or no part of it any more."""
+"""What an optimizer is given: a stage of a pipeline, parameters that the model lacks, one too many."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import DTensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach
 from sharded_spd.errors import BindingError, ConfigError
@@ -16,7 +17,7 @@ from tests.reference.oracle import Oracle
 from tests.support.engines import Engine
 from tests.support.models import Probe
 from tests.support.refusals import refused
-from tests.support.training import Form
+from tests.support.training import Form, Training
 
 _SHAPES = {
     "embed.weight": (6, 4),
@@ -89,3 +90,18 @@ def sharded_after_the_optimizer_was_built(engine: Engine, *, form: Form) -> None
     wrapped = engine.wrap(model)
     wrapped(gradients(start, 1)[0]).backward()
     refused(engine, optimizer.step, (BindingError,), r"another parameter now.*sharded.*after that")
+
+
+def unknown_parameter_on_one_rank(engine: Engine, *, form: Form) -> None:
+    """The gradients behind it are Partial: the other ranks wait for this one to redistribute them."""
+    training = Training(engine, tensors(), SPD, form=form)
+    training.backward(gradients(tensors(), 1)[0])
+    assert any(_is_partial(p) for p in training.params.values())
+    if engine.rank == 1:
+        training.optimizer.param_groups[0]["params"].insert(0, torch.nn.Parameter(torch.ones(2)))
+    refused(engine, training.optimizer.step, (BindingError,), "is not bound")
+
+
+def _is_partial(param: torch.Tensor) -> bool:
+    grad = param.grad
+    return isinstance(grad, DTensor) and any(p.is_partial() for p in grad.placements)

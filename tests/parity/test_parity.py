@@ -108,6 +108,7 @@ def _oracle() -> Iterator[Task]:
     yield from _cross(REPLICATED, cases.accumulated)
     yield from _cross((*REPLICATED, ("fsdp2_tp", 4)), cases.eval_between)
     yield from _cross((("fsdp2", 2),), part_cases.sharded_after_the_optimizer_was_built)
+    yield from _cross((("tp", 2),), part_cases.unknown_parameter_on_one_rank)
     yield from _formless((("fsdp2", 2),), part_cases.maps_of_a_stage)
     yield from _formless((("fsdp2", 2),), part_cases.maps_of_a_sharded_stage)
     for cell in FSDP2:

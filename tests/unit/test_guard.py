@@ -228,3 +228,80 @@ def test_steps_are_counted_where_only_one_of_two_optimizers_steps() -> None:
         give(params, given)
         bases[0].step()
     assert projector.num_steps == 3  # a round is known to be over when the next one begins
+
+
+def _resume(params: dict[str, nn.Parameter], base: torch.optim.Optimizer) -> dict[str, Any]:
+    for given in gradients(3):
+        give(params, given)
+        base.step()
+    return copy.deepcopy(base.state_dict())
+
+
+@pytest.mark.parametrize("order", ["attach first", "state first"])
+def test_fine_tuned_weights_that_attach_takes_for_pre_trained_raise(order: str) -> None:
+    params = parameters(layers())
+    saved = _resume(params, torch.optim.Adam(params.items(), lr=LR))
+    others = parameters(values(params))
+    base = torch.optim.Adam(others.items(), lr=LR)
+    if order == "state first":
+        base.load_state_dict(saved)
+    projector = attach(base, config=SPDConfig(weight_decay=LAMBDA))
+    if order == "attach first":
+        base.load_state_dict(saved)
+    give(others, gradients(4)[3])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"fine-tuned weights"):
+            base.step()
+    projector.detach()
+
+
+def test_the_projector_state_vouches_for_weights_at_their_snapshot() -> None:
+    """It names the anchor."""
+    params = parameters(layers())
+    base = torch.optim.Adam(params.items(), lr=LR)
+    projector = attach(base, config=SPDConfig(weight_decay=LAMBDA, rule="l2sp"))
+    base.load_state_dict(_resume(params, torch.optim.Adam(params.items(), lr=0.0)))
+    state = projector.state_dict()
+    projector.load_state_dict({**state, "num_steps": 3})
+    give(params, gradients(4)[3])
+    base.step()
+
+
+@pytest.mark.parametrize("zero", ["learning rate", "gradients"])
+def test_a_start_that_moves_nothing_is_no_training(zero: str) -> None:
+    """A warm-up from lr 0 makes moments; a checkpoint library's step makes state, but no moments."""
+    params = parameters(layers())
+    base = torch.optim.Adam(params.items(), lr=LR)
+    if zero == "gradients":
+        give(params, {name: w * 0 for name, w in layers().items()})
+        base.step()
+    projector = attach(base, config=SPDConfig(weight_decay=LAMBDA))
+    for t, given in enumerate(gradients(3)):
+        base.param_groups[0]["lr"] = 0.0 if t == 0 and zero == "learning rate" else LR
+        give(params, given)
+        base.step()
+    assert projector.num_steps == (2 if zero == "learning rate" else 3)
+
+
+@pytest.mark.parametrize("way", ["AdamSPD", "attach"])
+def test_one_layer_without_moments_is_no_fault(way: str) -> None:
+    """A checkpoint may lack them; the other layers tell that the run was resumed."""
+    start = layers()
+
+    def make(params: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        if way == "AdamSPD":
+            return _spd(params.items())
+        base = torch.optim.Adam(params.items(), lr=LR)
+        attach(base, config=SPDConfig(weight_decay=LAMBDA))
+        return base
+
+    params, others = parameters(start), parameters(start)
+    saved = _resume(params, make(params))
+    del saved["state"][1]
+    resumed = make(others)
+    with torch.no_grad():
+        for name, p in others.items():
+            p.copy_(params[name])
+    resumed.load_state_dict(saved)
+    give(others, gradients(4)[3])
+    resumed.step()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("-k", "not without_compiler and not damaged_library")  # they ask for no kernels
+OTHERS = ("-k", "not without_compiler")  # they ask for no kernels
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
 OUTSIDE = """
 import ctypes, struct, torch

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from sharded_spd.checkpoint import Checkpoints, Resumed
-from sharded_spd.checkpoint.folder import find_latest
 from sharded_spd.errors import ConfigError
 from sharded_spd.integrations.finetune.config import CheckpointConfig, JobConfig
 from sharded_spd.integrations.finetune.engine_base import Engine
@@ -156,7 +155,7 @@ class Keeper:
     @property
     def kept(self) -> bool:
         """Whether there is a checkpoint to go on from, the same on every rank. Collective."""
-        return bool(self._engine.world.share(find_latest(self._checkpoints.directory).path is not None))
+        return self._checkpoints.latest() is not None
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`."""
