@@ -195,7 +195,7 @@ class Step:
             self._flags,
             guard=self._guard,
             guarded=self._guarded,
-            always=self._early is not None or not self._binding.on_disk.isdisjoint(self._plan.fqns),
+            always=not self._binding.on_disk.isdisjoint(self._plan.fqns),
             **self._told(),
         )
 
