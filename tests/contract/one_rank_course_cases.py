@@ -158,25 +158,29 @@ def files(engine: Engine, *, rank: int) -> None:
     _end(trouble)
 
 
-BREAKS: Mapping[str, Any] = {"term": Pulls(), "term after": Pulls(), "edit_grad": Edits()}
+BREAKS: Mapping[str, tuple[str, Any]] = {
+    "before": ("term", Pulls()),
+    "after": ("term after", Pulls()),
+    "early": ("term", Edits()),
+}
 
 
 def step_of_zero(engine: Engine, *, stage: int, source: str, rank: int, zero: Mapping[str, Any]) -> None:
     """The engine's own collectives come after the step: all ranks raise before them."""
     trouble = Trouble(engine, f"step_of_zero_{stage}_{source}", rank)
     start = {name: w.float() for name, w in tensors().items()}
-    part = BREAKS.get(source)
-    form = "adam_spd" if part is None else "attached"
-    config = None if part is None else SPDConfig(rule=part)
+    part, rule = BREAKS.get(source, ("", None))
+    form = "attached" if part else "adam_spd"
+    config = SPDConfig(rule=rule) if part else None
     training = ZeroTraining(start, SPD, Setting(stage=stage, zero=zero, form=form), config=config)
     first, second, third = gradients({name: w.float() for name, w in start.items()}, 3)
     training.step(first)
     training.backward(second)
     group = training.base.param_groups[0]
     good = group["weight_decay"]
-    if part is None and trouble.here:
+    if not part and trouble.here:
         group["weight_decay"] = -1.0
-    with broken(source, trouble.here) if part is not None else nullcontext():
+    with broken(part, trouble.here) if part else nullcontext():
         trouble.told(training.engine.step)
     group["weight_decay"] = good
     _end(trouble)

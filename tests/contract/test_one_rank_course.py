@@ -36,7 +36,7 @@ def _all() -> Iterator[Task]:
     for stage in (1, 2, 3):
         for i, source in enumerate(("lambda", *cases.BREAKS)):
             own = {"stage": stage, "source": source, "rank": (stage + i) % 2}
-            zero = SUB if source == "term" and stage == 3 else {}
+            zero = SUB if source == "before" and stage == 3 else {}
             yield _task(("zero", 2), cases.step_of_zero, f"{stage}-{source}", **own, zero=zero)
 
 
