@@ -32,7 +32,7 @@ def _own(training: Training) -> Any:
 
 
 def setting_put_right(engine: Engine, *, key: str, value: float, rank: int) -> None:
-    """A step with a wrong setting: nothing is pulled in it, the base has stepped, and all goes on as the oracle.
+    """A step with a wrong setting: the base steps, nothing is pulled, and all goes on as the oracle does.
 
     Where ranks share no layer the failing one has not stepped yet, and does it when it is put right.
     """
