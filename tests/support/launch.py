@@ -3,10 +3,7 @@
 Ranks are forked from one server that has imported torch already, so that a launch costs a second or two. A
 task that fails or hangs ends its launch; the tasks after it run in a fresh one, so that each names itself.
 
-A rank that a signal has ended (not one that failed, hangs or exits) gets one more launch, from its task on,
-with a warning. Once in some hundred launches a rank was found with a damaged heap in one of torch's gathers;
-neither valgrind over the same tasks nor the kernels under sanitizers (`test_kernels_sanitized`) show a cause.
-What dies twice, or a second task of the launch, fails.
+A rank that a signal ends fails its task as one that raises does: nothing is tried a second time.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -80,7 +76,7 @@ class Task:
 def run_tasks(tasks: Sequence[Task]) -> dict[str, str]:
     """Runs the tasks of one launch; for each its failure, empty where it passed on every rank."""
     outcomes: dict[str, str] = {}
-    hangs, again = 0, False
+    hangs = 0
     while len(outcomes) < len(tasks):
         rest = [task for task in tasks if task.id not in outcomes]
         if hangs >= MAX_HANGS:
@@ -88,17 +84,13 @@ def run_tasks(tasks: Sequence[Task]) -> dict[str, str]:
             break
         with tempfile.TemporaryDirectory(prefix="spd-launch-") as folder:
             done, end = _launch(rest, Path(folder))
-        if end == "killed" and not again:
-            name, report = done.popitem()
-            again = True
-            warnings.warn(f"{name}: a signal ended a rank; it is launched once more\n{report}", stacklevel=2)
         outcomes.update(done)
         hangs += end == "hung"
     return outcomes
 
 
-End = Literal["done", "failed", "hung", "killed"]
-"""How a launch ended: in the last three cases with the last of its outcomes."""
+End = Literal["done", "failed", "hung"]
+"""How a launch ended: in the last two cases with the last of its outcomes."""
 
 
 def _launch(tasks: Sequence[Task], folder: Path) -> tuple[dict[str, str], End]:
@@ -135,11 +127,7 @@ def _watch(ranks: Sequence[Any], tasks: Sequence[Task], folder: Path) -> tuple[d
             if failed_at is None and (dead or any(reports)):
                 failed_at = now
             if now - since > TASK_LIMIT or (failed_at is not None and now - failed_at > GRACE):
-                killed = any(
-                    (process.exitcode or 0) < 0 and report is None
-                    for process, report in zip(ranks, reports, strict=True)
-                )
-                end: End = "hung" if failed_at is None else "killed" if killed else "failed"
+                end: End = "hung" if failed_at is None else "failed"
                 return {**outcomes, task.id: _autopsy(ranks, reports, folder)}, end
             time.sleep(0.02)
         outcomes[task.id] = "\n".join(
@@ -225,6 +213,9 @@ def _rank_main(rank: int, world: int, folder: Path, tasks: Sequence[Task]) -> No
         partial = folder / f"{index}.{rank}.partial"
         partial.write_text(json.dumps({"error": error}))
         partial.rename(folder / f"{index}.{rank}.json")
+        if error:
+            # In the next task it would meet ranks that are still in this one: gloo ends those by a signal.
+            time.sleep(TASK_LIMIT)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gloo's teardown is not what is tested

@@ -1,0 +1,32 @@
+"""Nothing on a path that ends in a collective may depend on what one rank alone knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.contract.one_rank_cases import CALLS, NAMED, trouble
+from tests.support.launch import Task
+
+SPLIT = (("fsdp2", 2), ("fsdp2", 4), ("fsdp2_tp", 4), ("hsdp", 4), ("fsdp1", 2), ("fsdp1_flat", 2), ("tp", 2))
+WHOLE = (("ddp", 2), ("zero_redundancy", 2), ("oss", 2))
+"""Engines whose ranks share no layer: a step of theirs has no reduction, and settings are not compared."""
+
+
+def _all() -> Iterator[Task]:
+    for turn, cell in enumerate((*SPLIT, *WHOLE)):
+        for call, sources in CALLS.items():
+            if cell in WHOLE and call.endswith("different"):
+                continue
+            for i, source in enumerate(sources):
+                if cell in WHOLE[1:] and source in NAMED or (cell in WHOLE[1:] and call == "add"):
+                    continue
+                own = {"call": call, "source": source, "rank": -((i + turn) % 2)}
+                yield Task(f"{call}-{source}", *cell, trouble, own)
+
+
+@pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in _all()])
+def test_one_rank(task: Task, distributed: Callable[[Task], None]) -> None:
+    """Every rank raises within seconds, and none is out of step afterwards."""
+    distributed(task)
