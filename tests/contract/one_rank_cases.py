@@ -31,7 +31,9 @@ Case = Callable[[Trouble], None]
 
 
 def _construct(trouble: Trouble, **own: Any) -> Training:
-    settings = {key: own.pop(key) for key in ("rule", "weight_decay", "max_pull", "lr_of_group") if key in own}
+    settings = {
+        key: own.pop(key) for key in ("rule", "weight_decay", "max_pull", "lr_of_group") if key in own
+    }
     if "lr_of_group" in settings:
         settings["lr"] = settings.pop("lr_of_group")
     return Training(
@@ -258,7 +260,9 @@ def _good_step(trouble: Trouble, training: Training, *, alone: bool = False) -> 
     """Goes through on every rank, and leaves them alike."""
     training.step(gradients(tensors(), 1)[0])
     if not _shares_out(trouble.engine) and not alone:
-        trouble.same("step counts", sorted({int(s["step"]) for s in _inner(training).state.values() if "step" in s}))
+        trouble.same(
+            "step counts", sorted({int(s["step"]) for s in _inner(training).state.values() if "step" in s})
+        )
     if not trouble.ranks and not alone:
         trouble.same("weights", {name: _digest(w) for name, w in training.weights().items()})
 
@@ -342,9 +346,7 @@ def _loaded(damage: Callable[[dict[str, Any]], object], *patterns: str) -> Case:
 
 def _damaged(entry: object) -> Callable[[dict[str, Any]], None]:
     def damage(state: dict[str, Any]) -> None:
-        state["layers"] = {
-            fqn: dict.fromkeys(entries, entry) for fqn, entries in state["layers"].items()
-        }
+        state["layers"] = {fqn: dict.fromkeys(entries, entry) for fqn, entries in state["layers"].items()}
 
     return damage
 
@@ -550,9 +552,7 @@ STEP: dict[str, Case] = {
     "max_pull": _group_spoilt(lambda group: group.update(max_pull=0.0), "max_pull"),
     "lambda_of_no_number": _group_spoilt(lambda group: group.update(weight_decay="1.0")),
     "no_lr": _group_spoilt(lambda group: group.pop("lr"), "lr"),
-    "no_lr_attached": _group_spoilt(
-        lambda group: group.pop("lr"), "lr", form="attached", make_base=_Steady
-    ),
+    "no_lr_attached": _group_spoilt(lambda group: group.pop("lr"), "lr", form="attached", make_base=_Steady),
     "lr_of_no_number": _group_spoilt(lambda group: group.update(lr="0.1")),
     "group_of_one_rank": _group_of_one_rank,
     "swapped": _parameter_swapped,
