@@ -20,7 +20,7 @@ def _all() -> Iterator[Task]:
             if cell in WHOLE and call.endswith("different"):
                 continue
             for i, source in enumerate(sources):
-                if cell in WHOLE[1:] and source in NAMED or (cell in WHOLE[1:] and call == "add"):
+                if (cell in WHOLE[1:] and source in NAMED) or (cell in WHOLE[1:] and call == "add"):
                     continue
                 own = {"call": call, "source": source, "rank": -((i + turn) % 2)}
                 yield Task(f"{call}-{source}", *cell, trouble, own)
