@@ -195,7 +195,8 @@ class Step:
             self._flags,
             guard=self._guard,
             guarded=self._guarded,
-            always=not self._binding.on_disk.isdisjoint(self._plan.fqns),
+            # Word of a failure after the early reduction has no other way to the other ranks.
+            always=self._early is not None or not self._binding.on_disk.isdisjoint(self._plan.fqns),
             **self._told(),
         )
 
