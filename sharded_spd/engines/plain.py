@@ -226,6 +226,7 @@ class ParameterAdapter:
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
             if grads and local.dtype != self._dtypes[param]:
                 self._check_dtype(local.dtype, self._dtypes[param], shard)
+                self._dtypes[param] = local.dtype
         if grads:
             self._buckets.look(self._parts)
         return lineup.shards
