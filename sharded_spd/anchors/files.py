@@ -110,6 +110,12 @@ class FileAnchor:
             if file is not None:
                 broken[file].append(layer)
             found += self._misfits(layer, tuple(shape), tensor) or ([f"{layer}: {fault}"] if fault else [])
+        if found or broken:  # of a model that does not fit anyway, another number of rows is one sign more
+            found += [
+                self._misshapen(n, shapes[n], self._stored.tensor(names[n]))
+                for n in shapes
+                if n in self._rows
+            ]
         return [f"{error} (needed for {some(layers)})" for error, layers in broken.items()] + found
 
     def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> naming.Naming:
@@ -129,6 +135,11 @@ class FileAnchor:
             for rule in idle
         ]
 
+    @staticmethod
+    def _misshapen(layer: str, shape: Sequence[int], tensor: StoredTensor) -> str:
+        where = f"{tensor.path} ({tensor.name})"
+        return f"{layer}: has shape {list(shape)}, in {where} it has {list(tensor.shape)}"
+
     def _misfits(self, layer: str, shape: tuple[int, ...], tensor: StoredTensor) -> list[str]:
         where = f"{tensor.path} ({tensor.name})"
         self._rows.pop(layer, None)
@@ -136,7 +147,7 @@ class FileAnchor:
             names = (layer, *self._facts.ties.get(layer, ()), tensor.name)
             # Only a binding, which makes the model known, has the values of the rows that the file lacks.
             if not self._fqns or not other_rows(names, shape, tensor.shape, self._facts):
-                return [f"{layer}: has shape {list(shape)}, in {where} it has {list(tensor.shape)}"]
+                return [self._misshapen(layer, shape, tensor)]
             self._rows[layer] = tensor.shape[0]
         if tensor.dtype is None:
             return [f"{layer}: is {tensor.stored_as} in {where}; wanted floating point of 16 bits or more"]

@@ -289,6 +289,7 @@ class ParameterAdapter:
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
             if grads and local.dtype != self._dtypes[param]:
                 self._check_dtype(local.dtype, self._dtypes[param], shard)
+                self._dtypes[param] = local.dtype
         for name, param in lineup.alone if grads else ():
             if param.grad is not None:
                 _raise_unreal(name, param)

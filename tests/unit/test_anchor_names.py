@@ -390,3 +390,14 @@ def test_a_dtype_that_changes_while_training_is_refused_in_a_sentence(attached: 
                 optimizer.step()
         else:
             optimizer.step()
+
+
+def test_a_wider_dtype_before_the_first_step_holds_the_anchor() -> None:
+    model = Net()
+    optimizer = AdamSPD(model.named_parameters(), weight_decay=1.0)
+    model.double()
+    for _ in range(3):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert optimizer.projector.num_steps == 3
