@@ -23,7 +23,9 @@ def _all() -> Iterator[Task]:
                 if (cell in WHOLE[1:] and source in NAMED) or (cell in WHOLE[1:] and call == "add"):
                     continue
                 own = {"call": call, "source": source, "rank": -((i + turn) % 2)}
-                yield Task(f"{call}-{source}", *cell, trouble, own)
+                # Every source on one engine, and every engine with a part of the sources, another of each.
+                slow = turn > 0 and (i + turn) % 4 > 0
+                yield Task(f"{call}-{source}", *cell, trouble, own, slow)
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in _all()])
