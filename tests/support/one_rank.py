@@ -205,8 +205,8 @@ class Trouble:
     def told(self, action: Callable[[], object], *patterns: str, differs: bool = False) -> None:
         """`action` raises on every rank that has to hear: the rank's own error, the others one that names it.
 
-        Where it `differs`, no rank is wrong by itself: all raise the same kind, of layers that they share. Beyond the limit it is a hang,
-        which ends the case; the rest is kept as `faults`, alike on all ranks.
+        Where it `differs`, no rank is wrong by itself: all raise the same kind, of layers that they share.
+        Beyond the limit it is a hang, which ends the case; the rest is kept as `faults`, alike on all ranks.
         """
         since, kind, text = time.monotonic(), "", ""
         try:
