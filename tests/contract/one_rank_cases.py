@@ -200,15 +200,6 @@ def _file_of_attach(trouble: Trouble) -> None:
     trouble.told(lambda: attach(base, model, SPDConfig(anchor=AnchorConfig(source=path))), "nothing")
 
 
-def _telemetry(trouble: Trouble) -> None:
-    from sharded_spd.config import TelemetryConfig
-
-    base, model = _base(trouble)
-    path = trouble.either("/proc/nope/t.jsonl", str(trouble.engine.scratch / "t.jsonl"))
-    config = SPDConfig(telemetry=TelemetryConfig(every=1, path=path))
-    trouble.told(lambda: attach(base, model, config))
-
-
 ATTACH: dict[str, Case] = {
     "pattern": _attached("nope", layers=((LayerConfig(pattern="nope"),), ())),
     "rule_option": _attached("k", rule=("ftp", "spd"), rule_options=({"nope": 1}, {})),

@@ -205,8 +205,8 @@ class Trouble:
     def told(self, action: Callable[[], object], *patterns: str, differs: bool = False) -> None:
         """`action` raises on every rank that has to hear: the rank's own error, the others one that names it.
 
-        Where it `differs`, no rank is wrong by itself, and all raise the same. Beyond the limit it is a hang,
-        which ends the case; the rest is kept as `faults`, alike on all ranks.
+        Where it `differs`, no rank is wrong by itself: all raise the same kind, of layers that they share.
+        Beyond the limit it is a hang, which ends the case; the rest is kept as `faults`, alike on all ranks.
         """
         since, kind, text = time.monotonic(), "", ""
         try:
@@ -232,7 +232,7 @@ class Trouble:
             if rank != self.odd:
                 wanted = "RuntimeError*" if own[0].endswith("*") else own[0]
                 self._check(kind == wanted, f"rank {rank} raised {kind}, rank {self.odd} {own[0]}: {text}")
-                said = text == own[1] if differs else f"rank {self.odd}" in text and own[1] in text
+                said = differs or (f"rank {self.odd}" in text and own[1] in text)
                 self._check(said, f"rank {rank} said {text!r}, rank {self.odd} {own[1]!r}")
         self.in_step()
 
