@@ -178,12 +178,17 @@ class AdamSPD(Adam):
         Raises:
             ValueError: for a negative lambda, an unknown rule, or lists of another length than `params`.
         """
+        if self._projector is None or not self._projector.bound or self._projector.meets:
+            self._take_group(param_group)
+            return
+        agree(lambda: self._take_group(param_group), self._adapter.agreement_groups)
+        self._bind_added()
+
+    def _take_group(self, param_group: dict[str, Any]) -> None:
         group = {**self.defaults, **self._own_defaults, **param_group}
         spec = take_group(group, len(self.param_groups), self._adapter.names, self._specs)
         super().add_param_group(group)
         self._specs.append(spec)
-        if self._projector is not None and self._projector.bound and not self._projector.meets:
-            self._bind_added()
         self._deferred |= spec.shown["anchor"] == "deferred"
 
     def _bind_added(self) -> None:

@@ -44,18 +44,24 @@ def find_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mapping[s
     """Where each part of exported state is to go; nothing is changed yet.
 
     Raises:
-        BindingError: for a shard of another size: it was saved for another layout and not resharded.
+        BindingError: for a number that is none, and for a shard of another size: it was saved for another
+            layout and not resharded.
     """
     moves: Moves = []
     for plan in plans:
         for part in plan.parts:
             for i, fqn in enumerate(part.fqns):
                 saved = layers.get(fqn, {})
-                moves += [
-                    (values[i], torch.as_tensor(saved[f"layer.{name}"]))
-                    for name, values in part.state.items()
-                    if f"layer.{name}" in saved
-                ]
+                for name, values in part.state.items():
+                    if f"layer.{name}" not in saved:
+                        continue
+                    number = torch.as_tensor(saved[f"layer.{name}"])
+                    if number.numel() != 1:
+                        raise BindingError(
+                            f"layer {fqn!r}: the checkpoint's rule state {name!r} has {number.numel()} "
+                            "elements, wanted one number: it is damaged, or of another rule"
+                        )
+                    moves.append((values[i], number.reshape(())))
                 for name, values in plan.shard_states.get(fqn, {}).items():
                     if f"shard.{name}" not in saved:
                         continue

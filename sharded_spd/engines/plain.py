@@ -109,13 +109,15 @@ class ParameterAdapter:
         self._buckets, self._watch = BucketWatch(), ModelWatch()
         self._view = ModelView()
         self._model: Callable[[], Module | None] = lambda: None
+        self._no_model = False
         self.take_model(model)
         with suppress(Exception):  # layout() looks again, and then all ranks raise it
             self._look()
 
     def take_model(self, model: Module | None) -> None:
         """See `EngineAdapter`."""
-        self._no_model = model is not None and not isinstance(model, Module)
+        if model is not None:
+            self._no_model = not isinstance(model, Module)
         if isinstance(model, Module):
             self._model = weakref.ref(model)
         self._replicas = self._replicas or replicas_of(self._tensors())

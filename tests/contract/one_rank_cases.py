@@ -6,7 +6,7 @@ Of each public call the ways in which it can go wrong on one rank alone: all ran
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import md5
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sharded_spd import AdamSPD, SPDConfig, attach
 from sharded_spd.config import AnchorConfig, LayerConfig
+from sharded_spd.errors import ConfigError
 from sharded_spd.rules import FTP
 from tests.parity.cases import SPD, gradients, tensors
 from tests.support.engines import Ddp, Engine, Hsdp
@@ -385,7 +386,19 @@ def _added(*patterns: str, **bad_good: tuple[Any, Any]) -> Case:
         group = {"params": named[-2:], **{key: trouble.either(*both) for key, both in bad_good.items()}}
         if group.get("anchor") == "good":
             group["anchor"] = file
-        trouble.told(lambda: optimizer.add_param_group(group), *patterns)
+        if isinstance(trouble.engine, Ddp):
+            trouble.told(lambda: optimizer.add_param_group(group), *patterns)
+            return
+        whole.backward(gradients(tensors(), 1)[0])
+
+        def add_and_step() -> None:
+            """Added groups are bound when all ranks step: one whose own was refused takes the step alone."""
+            with suppress(ConfigError):
+                optimizer.add_param_group(group)
+            optimizer.step()
+
+        refused = "anchor" not in group
+        trouble.told(add_and_step, *(() if refused else patterns), differs=refused)
 
     return case
 
@@ -443,32 +456,56 @@ def _ranks_of_step(trouble: Trouble) -> tuple[int, ...]:
 
 
 def _fails_in_step(
-    trouble: Trouble, training: Training, spoilt: Any, *patterns: str, differs: bool = False
+    trouble: Trouble,
+    training: Training,
+    spoilt: Any,
+    *patterns: str,
+    differs: bool = False,
+    stays: bool = False,
 ) -> None:
+    """`stays`: on that rank the base cannot step either, so that its step is behind from then on."""
     trouble.ranks = _ranks_of_step(trouble)
     training.backward(gradients(tensors(), 1)[0])
     with spoilt:
         trouble.told(_inner(training).step, *patterns, differs=differs)
     training.engine.zero_grad(training.model, training.optimizer)
     # Of settings that differed, lr is one by which the base has stepped what is replicated.
-    _good_step(trouble, training, alone=differs or isinstance(trouble.engine, Ddp))
+    _good_step(trouble, training, alone=stays or differs or isinstance(trouble.engine, Ddp))
 
 
 def _group_spoilt(
-    spoil: Spoil, *patterns: str, differs: bool = False, form: Form = "adam_spd", **own: Any
+    spoil: Spoil,
+    *patterns: str,
+    differs: bool = False,
+    stays: bool = False,
+    form: Form = "adam_spd",
+    **own: Any,
 ) -> Case:
     def case(trouble: Trouble) -> None:
         training = _bound(trouble, form, **own)
         spoilt = _spoilt(training, trouble.here, spoil)
-        _fails_in_step(trouble, training, spoilt, *patterns, differs=differs)
+        _fails_in_step(trouble, training, spoilt, *patterns, differs=differs, stays=stays)
 
     return case
 
 
-def _step_breaks(part: str, form: Form = "adam_spd", **own: Any) -> Case:
+def _step_breaks(part: str, form: Form = "adam_spd", *, stays: bool = False, **own: Any) -> Case:
     def case(trouble: Trouble) -> None:
         training = _bound(trouble, form, **own)
-        _fails_in_step(trouble, training, broken(part, trouble.here))
+        _fails_in_step(trouble, training, broken(part, trouble.here), stays=stays)
+
+    return case
+
+
+def _without_a_reduction(part: str, **own: Any) -> Case:
+    """A rule that asks for no sums: nobody waits for the rank, which raises alone."""
+
+    def case(trouble: Trouble) -> None:
+        training = _bound(trouble, **own)
+        trouble.ranks = (trouble.odd,)
+        training.backward(gradients(tensors(), 1)[0])
+        with broken(part, trouble.here):
+            trouble.told(_inner(training).step)
 
     return case
 
@@ -494,7 +531,7 @@ def _breaks_after_the_reduction(part: str, form: Form, **own: Any) -> Case:
 
 def _parameter_swapped(trouble: Trouble) -> None:
     training = _bound(trouble)
-    _fails_in_step(trouble, training, _swapped(trouble, training), r"bind\(\)")
+    _fails_in_step(trouble, training, _swapped(trouble, training), r"bind\(\)", stays=True)
 
 
 def _group_of_one_rank(trouble: Trouble) -> None:
@@ -523,7 +560,7 @@ def _closure(form: Form) -> Case:
 
         trouble.told(lambda: _inner(training).step(closure), "no batch")
         training.engine.zero_grad(training.model, training.optimizer)
-        _good_step(trouble, training, alone=isinstance(trouble.engine, Ddp))
+        _good_step(trouble, training, alone=True)
 
     return case
 
@@ -544,22 +581,22 @@ STEP: dict[str, Case] = {
     "negative_lambda": _group_spoilt(lambda group: group.update(weight_decay=-1.0), "lambda >= 0"),
     "max_pull": _group_spoilt(lambda group: group.update(max_pull=0.0), "max_pull"),
     "lambda_of_no_number": _group_spoilt(lambda group: group.update(weight_decay="1.0")),
-    "no_lr": _group_spoilt(lambda group: group.pop("lr"), "lr"),
+    "no_lr": _group_spoilt(lambda group: group.pop("lr"), "lr", stays=True),
     "no_lr_attached": _group_spoilt(lambda group: group.pop("lr"), "lr", form="attached", make_base=_Steady),
-    "lr_of_no_number": _group_spoilt(lambda group: group.update(lr="0.1")),
+    "lr_of_no_number": _group_spoilt(lambda group: group.update(lr="0.1"), stays=True),
     "group_of_one_rank": _group_of_one_rank,
     "swapped": _parameter_swapped,
     "closure": _closure("adam_spd"),
     "closure_attached": _closure("attached"),
     "moments": _damaged_moments,
-    "values": _step_breaks("values", anchor=Store()),
+    "values": _step_breaks("values", anchor=Store(), stays=True),
     "term": _step_breaks("term", rule=Pulls()),
     "term_attached": _step_breaks("term", "attached", rule=Pulls()),
     "term_after": _step_breaks("term after", rule=Pulls()),
     "term_of_an_edit": _step_breaks("term", rule=Edits()),
     "plan_edit": _step_breaks("plan_edit", rule=Edits()),
     "edit_grad": _step_breaks("edit_grad", rule=Edits()),
-    "shrink_before": _step_breaks("shrink", rule=Decays()),
+    "shrink_before": _without_a_reduction("shrink", rule=Decays()),
     "shrink": _breaks_after_the_reduction("shrink", "adam_spd", rule=Pulls()),
     "shrink_attached": _breaks_after_the_reduction("shrink", "attached", rule=Pulls()),
     "shard_state": _breaks_after_the_reduction("next_shard_state", "adam_spd", rule=Pulls()),

@@ -1,4 +1,4 @@
-"""What torch gives its optimizers in its tests, a database of inputs and errors, given to ours beside them."""
+"""What torch gives its optimizers in its tests, a database of inputs and errors, given to ours, too."""
 
 from __future__ import annotations
 
