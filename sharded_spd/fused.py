@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.items import Item
-from sharded_spd.kernels import ADAM_NUMBERS, Backend, Moments
+from sharded_spd.kernels import ADAM_NUMBERS, Backend, Moments, written
 from sharded_spd.step import Step
 
 Lists = list[list[Tensor]]
@@ -49,6 +49,7 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
     moments: list[Moments] = []
     numbers: list[Tensor] = []
     done: set[Tensor] = set()
+    outer: list[Tensor] = []
     steppable = step.steppable()
     for group, (params, _, means, squares, most, steps) in zip(optimizer.param_groups, gathered, strict=True):
         fixed = not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"], group["eps"]))
@@ -62,6 +63,8 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
             state = Moments(_here(means[i]), _here(squares[i]), _here(most[i]) if most else None)
             if (fixed or not steps[i].is_cpu) and _may_step(state, own[0].backend):
                 done.add(param)
+                whole = (param, means[i], squares[i], *most[i : i + 1])
+                outer += [t for t in whole if isinstance(t, DTensor)]
                 counts.append(steps[i])
                 owned.append(len(own))
                 items += own
@@ -70,6 +73,8 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
             numbers.append(_numbers(group, counts, owned, items[-1].tensors.weight.device))
     if items:
         step.adam_(items, moments, torch.cat(numbers))
+        # A DTensor and its local tensor count apart, and it is the DTensor that autograd has saved.
+        written(outer)
     return done
 
 
