@@ -27,11 +27,13 @@ def own_folder(path: Path) -> Path:
             except FileExistsError:  # by a rank that started together with this one, or a link to nowhere
                 continue
     real = Path(os.path.realpath(path.parent)) / path.name
+    # In a user namespace (rootless containers) / and /tmp belong to a stand-in for the root outside of it.
+    above = (*_trusted(), os.stat("/").st_uid)
     for parent in real.parents:
         state = os.stat(parent)
-        if state.st_mode & _WRITABLE and state.st_mode & stat.S_ISVTX and state.st_uid in _trusted():
+        if state.st_mode & _WRITABLE and state.st_mode & stat.S_ISVTX and state.st_uid in above:
             continue  # where all may write, as in /tmp, but none may rename what is another's
-        _judge(parent, state)
+        _judge(parent, state, above)
     state = os.lstat(real)
     if not stat.S_ISDIR(state.st_mode):
         raise OSError(f"{real} is no folder (a link, or a file)")
@@ -81,12 +83,12 @@ def locked(path: Path, seconds: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _trusted() -> tuple[int, int]:
+def _trusted() -> tuple[int, ...]:
     return os.geteuid(), 0
 
 
-def _judge(path: Path, state: os.stat_result) -> None:
-    if state.st_uid not in _trusted():
+def _judge(path: Path, state: os.stat_result, owners: tuple[int, ...] = ()) -> None:
+    if state.st_uid not in (owners or _trusted()):
         raise OSError(f"{path} belongs to user {state.st_uid}, not to this one ({os.geteuid()}) or root")
     if state.st_mode & _WRITABLE:
         raise OSError(f"{path} can be written by others (mode {stat.S_IMODE(state.st_mode):04o})")

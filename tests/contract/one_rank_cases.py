@@ -582,7 +582,9 @@ STEP: dict[str, Case] = {
     "max_pull": _group_spoilt(lambda group: group.update(max_pull=0.0), "max_pull"),
     "lambda_of_no_number": _group_spoilt(lambda group: group.update(weight_decay="1.0")),
     "no_lr": _group_spoilt(lambda group: group.pop("lr"), "lr", stays=True),
-    "no_lr_attached": _group_spoilt(lambda group: group.pop("lr"), "lr", form="attached", make_base=_Steady),
+    "no_lr_attached": _group_spoilt(
+        lambda group: group.pop("lr"), "lr", form="attached", make_base=_Steady, stays=True
+    ),
     "lr_of_no_number": _group_spoilt(lambda group: group.update(lr="0.1"), stays=True),
     "group_of_one_rank": _group_of_one_rank,
     "swapped": _parameter_swapped,
@@ -593,9 +595,10 @@ STEP: dict[str, Case] = {
     "term": _step_breaks("term", rule=Pulls()),
     "term_attached": _step_breaks("term", "attached", rule=Pulls()),
     "term_after": _step_breaks("term after", rule=Pulls()),
-    "term_of_an_edit": _step_breaks("term", rule=Edits()),
-    "plan_edit": _step_breaks("plan_edit", rule=Edits()),
-    "edit_grad": _step_breaks("edit_grad", rule=Edits()),
+    # What is replicated beside that rank has been stepped by edited gradients, or not at all.
+    "term_of_an_edit": _step_breaks("term", rule=Edits(), stays=True),
+    "plan_edit": _step_breaks("plan_edit", rule=Edits(), stays=True),
+    "edit_grad": _step_breaks("edit_grad", rule=Edits(), stays=True),
     "shrink_before": _without_a_reduction("shrink", rule=Decays()),
     "shrink": _breaks_after_the_reduction("shrink", "adam_spd", rule=Pulls()),
     "shrink_attached": _breaks_after_the_reduction("shrink", "attached", rule=Pulls()),
