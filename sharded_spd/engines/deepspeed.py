@@ -234,7 +234,7 @@ class DeepSpeedAdapter:
         layers = {piece.layer for shard in shards for piece in shard.slices}
         for flat in self._flats:
             if any(piece.layer in layers for piece in flat.slices):
-                flat.low.data.copy_(flat.tensor.detach().view(-1))
+                flat.low.detach().copy_(flat.tensor.detach().view(-1))
 
     def mark(self, fingerprint: str | None) -> None:
         """Have the anchors' fingerprint travel in the param groups, and compare it with what is loaded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sharded_spd.anchors.base import Cast, Values, VouchedStore, is_on_disk
+from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.memory import take_region
 from sharded_spd.checkpoint.export import Whole, at_hand, write_wholes
 from sharded_spd.errors import AnchorError, ConfigError
@@ -139,7 +141,10 @@ class RenamedAnchor:
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """One sentence per layer that the store cannot serve with that full shape."""
         stored = {self._name(fqn): shape for fqn, shape in shapes.items() if fqn not in self.own}
-        return self.inner.problems(stored)
+        found = self.inner.problems(stored)
+        for note in self.inner.notes(stored) if isinstance(self.inner, FileAnchor) and not found else ():
+            warnings.warn(note, stacklevel=2)
+        return found
 
     def fetch(self, piece: ShardSlice) -> Values | None:
         """The values of `piece`, under the name that the file has for its layer."""
