@@ -37,6 +37,11 @@ class HostVector:
         return self._vector
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured: the host must not ask for an event then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class LateCopy:
     """A copy of a tensor on the host, of which nobody has to wait before it is asked for."""
 

@@ -19,6 +19,7 @@ from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
 from sharded_spd.carry import Moves, export_layers, find_layers, move_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.hostvec import is_capturing
 from sharded_spd.kernels import backend_names
 from sharded_spd.layout import BoundShard
 from sharded_spd.monitor import Monitor, is_first, measure_deviation
@@ -457,8 +458,7 @@ class Projector:
             return
         failure = failures[0].failure if failures else None
         told = [h.words for h in heard] + [e.rows for e in evidence]
-        captured = bool(told) and told[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        if told and not captured:
+        if told and not is_capturing():
             verdict = Verdict(heard, evidence, self._require().unverified)
             if now or not verdict.late:
                 self._read(verdict, failure, {k: v for step in steps for k, v in step.settings.items()})
@@ -483,9 +483,10 @@ class Projector:
         """
         if self._binding is None:
             return
-        verdicts, self._verdicts = self._verdicts, []
-        for verdict in verdicts:
-            self._read(verdict)
+        if not is_capturing():
+            verdicts, self._verdicts = self._verdicts, []
+            for verdict in verdicts:
+                self._read(verdict)
         broken = [step for o, step in self._steps.items() if optimizer in (None, o)]
         if broken:
             for step in broken:
