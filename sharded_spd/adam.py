@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim.adam import Adam, adam
 
-from sharded_spd.agree import agree, anywhere
+from sharded_spd.agree import agree, agree_and_tell
 from sharded_spd.binding import Binding
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.engines.plain import ParameterAdapter, known_groups
@@ -325,11 +325,15 @@ class AdamSPD(Adam):
         """Check what is to be loaded; what comes back puts in order what torch has loaded of it."""
         self._bind_added()
         ranks = self._adapter.agreement_groups
-        unchecked = agree(lambda: self._check_saved(state_dict), ranks)
+        own_state = state_dict.get("projector")
+        unchecked, words = agree_and_tell(
+            lambda: self._check_saved(state_dict),
+            ranks,
+            lambda _: {} if own_state is None else {"projector": ""},
+        )
         groups = state_dict["param_groups"]
         strengths = [{k: group[k] for k in ("weight_decay", "max_pull")} for group in self.param_groups]
-        own_state = state_dict.get("projector")
-        if anywhere(own_state is not None, ranks) and own_state is None:
+        if own_state is None and words:
             own_state = {}
         restore: Callable[[], None] | None = None
         if own_state is not None and self.projector.bound:

@@ -40,27 +40,31 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
     Raises:
         The rank's own exception; on the other ranks one of the same kind that names the failing rank.
     """
+    return agree_and_tell(action, groups, lambda result: {})[0]
+
+
+def agree_and_tell(
+    action: Callable[[], T], groups: Sequence[ProcessGroup], tell: Callable[[T], Mapping[str, str]]
+) -> tuple[T, dict[str, list[str]]]:
+    """The same, and what the ranks `tell` of their results: for each key the different values of all of them.
+
+    Raises:
+        The rank's own exception; on the other ranks one of the same kind that names the failing rank.
+    """
     failure: Exception | None = None
     result: list[T] = []
+    entries: list[Failure] = []
     try:
         result.append(action())
+        entries = [(-1, key, value) for key, value in tell(result[0]).items()]
     except Exception as error:  # raised again below, once every rank knows
         failure = error
-    raise_first(failure, flood(told_of(failure), groups))
-    return result[0]
-
-
-def anywhere(flag: bool, groups: Sequence[ProcessGroup]) -> bool:
-    """Whether `flag` is set on any rank that `groups` connect."""
-    return bool(flood([(dist.get_rank(), "", "")] if flag and groups else [], groups)) or flag
-
-
-def differing(own: Mapping[str, str], groups: Sequence[ProcessGroup]) -> dict[str, list[str]]:
-    """The keys for which the ranks that `groups` connect have different values, and these."""
-    found: dict[str, list[str]] = {}
-    for _, key, value in flood([(0, key, value) for key, value in own.items()], groups):
-        found.setdefault(key, []).append(value)
-    return {key: values for key, values in found.items() if len(values) > 1}
+    found = flood(told_of(failure) or entries, groups) if groups else entries
+    raise_first(failure, [entry for entry in found if entry[0] >= 0])
+    words: dict[str, list[str]] = {}
+    for _, key, value in found:
+        words.setdefault(key, []).append(value)
+    return result[0], words
 
 
 def told_of(failure: Exception | None) -> list[Failure]:
@@ -120,23 +124,18 @@ def union(own: Mapping[str, T], group: ProcessGroup | None) -> dict[str, T]:
     return {key: value for entries in gathered for key, value in entries.items()}
 
 
-def check_same(
-    layout: ShardLayout, facts: Mapping[str, Mapping[str, object]], groups: Sequence[ProcessGroup]
-) -> None:
-    """Raise unless each scope has the same layers on all its ranks, alike, in one order: sums go by position.
+def difference(layout: ShardLayout, facts: Mapping[str, Mapping[str, object]]) -> Exception | None:
+    """What keeps a scope from having the same layers on all its ranks, alike, in one order; None: nothing.
+
+    Sums go by position. Collective over the scopes; what is found is to be raised on all ranks.
 
     Args:
         layout: this rank's layers and scopes.
         facts: of each layer, what has to be the same on all ranks that sum it, by what it is called.
-        groups: the groups whose ranks bind together.
-
-    Raises:
-        BindingError: on all ranks of `groups`: a layer that one rank has and another has not, another order.
-        ConfigError: on all ranks of `groups`: a setting that differs; it names the layer and the values.
     """
     order = tuple(tuple(dist.get_process_group_ranks(scope.group)) for scope in layout.scopes)
     places = {fqn: [scope for scope in layout.scopes if fqn in scope.layers] for fqn in layout.fqns}
-    different: list[Exception] = []
+    found: list[Exception] = []
     for scope in sorted(layout.scopes, key=lambda scope: dist.get_process_group_ranks(scope.group)):
         members = set(scope.layers)
         own = [
@@ -151,20 +150,15 @@ def check_same(
         if len({digest for digest, _ in digests}) > 1:
             lists: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in digests]
             dist.all_gather_object(lists, own, group=scope.group)
-            different.append(_difference(lists, ranks))
+            found.append(_difference(lists, ranks))
         elif not all(_same_order(order, theirs) for _, theirs in digests):
-            different.append(
+            found.append(
                 errors.BindingError(
                     "the process groups that split the layers stand in another order on some of the ranks "
                     f"{ranks}; give all ranks the same parameters in the same order"
                 )
             )
-
-    def raise_difference() -> None:
-        if different:
-            raise different[0]
-
-    agree(raise_difference, groups)
+    return found[0] if found else None
 
 
 def _same_order(own: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> bool:

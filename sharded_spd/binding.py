@@ -241,6 +241,7 @@ def bind(
     previous: Mapping[str, HeldAnchor],
     unchecked: Set[str],
     groups: Sequence[Any],
+    failure: Exception | None = None,
 ) -> Binding:
     """Bind every layer; one that is bound already keeps its anchor. Collective over `groups` and the scopes.
 
@@ -251,6 +252,7 @@ def bind(
         previous: what this rank holds already, by FQN.
         unchecked: layers among those whose snapshot has not been checked by a step yet.
         groups: the groups whose ranks bind together.
+        failure: what this rank has found wrong before, to be raised on all of them.
 
     Raises:
         AnchorError: on all ranks alike, where an anchor does not fit or cannot be read on one of them.
@@ -260,6 +262,8 @@ def bind(
     totals: dict[str, _Totals] = {}
 
     def local() -> None:
+        if failure is not None:
+            raise failure
         _check_stores(layout, options, result.found)
         result.options = settled = _settle(layout, options, previous, result.found)
         refused: list[str] = []

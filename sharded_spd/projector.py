@@ -13,15 +13,15 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from sharded_spd import vouch, warn
-from sharded_spd.agree import agree, anywhere, check_same, differing, union
+from sharded_spd.agree import agree, agree_and_tell, difference, union
 from sharded_spd.anchors.fingerprint import combine, combine_nameless
-from sharded_spd.binding import Binding, HeldAnchor, Resolver, bind
+from sharded_spd.binding import Binding, HeldAnchor, LayerSettings, Resolver, bind
 from sharded_spd.carry import Moves, export_layers, find_layers, move_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.hostvec import is_capturing
 from sharded_spd.kernels import backend_names
-from sharded_spd.layout import BoundShard
+from sharded_spd.layout import BoundShard, ShardLayout
 from sharded_spd.monitor import Monitor, is_first, measure_deviation
 from sharded_spd.plan import Heard, Plan, reduce_together_
 from sharded_spd.roster import Roster
@@ -37,6 +37,13 @@ class Removable(Protocol):
     def remove(self) -> None:
         """Take it off."""
         ...
+
+
+_STEPPED = "the projector's state is of a run that has stepped"
+Plans = dict[tuple[str, ...], Plan]
+Calls = dict[Optimizer, list[Plan]]
+Found = tuple[int, Moves]
+"""A number of steps, and where each part of the rules' state is to go."""
 
 
 class Projector:
@@ -176,40 +183,45 @@ class Projector:
     def _bind_anew(self, model: Module | None, required: bool, vet: Callable[[Binding], None] | None) -> None:
         """Make everything of the new binding beside what is in force, and put it in place at the end."""
         self._adapter.take_model(model)
-        groups = self._adapter.agreement_groups
-        layout = agree(self._adapter.layout, groups)
-        empty = anywhere(layout is None, groups)
-        if empty and not required:
+        layout, words = agree_and_tell(
+            self._adapter.layout,
+            self._adapter.agreement_groups,
+            lambda found: {"empty": ""} if found is None else {},
+        )
+        if words and not required:
             return
-        if layout is None or empty:
+        if layout is None or words:
             raise BindingError(
                 "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
                 "model, load the pre-trained weights, and then call bind()"
             )
         groups = self._adapter.agreement_groups
-        agree(partial(self._monitor.open, is_first(groups)), groups)
         old, renamed = self._binding, layout.renamed
-        shards = agree(self._shards, groups)
-        owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
-        theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
-        layout = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
-        options = agree(partial(self._resolve, layout, owners, self._adapter.named), groups)
-        check_same(layout, agree(lambda: vouch.facts(options, shards, self._together), groups), groups)
+        layout, shards, options, facts = self._settle(layout, groups)
         held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
-        binding = bind(shards, layout, options, held, fresh, groups)
+        wrong = difference(layout, facts)
+        binding = bind(shards, layout, options, held, fresh, groups, wrong)
         binding.unverified.foreign = self._foreign
         if old is not None:
             binding.unverified.stepped = {renamed.get(fqn, fqn) for fqn in old.unverified.stepped}
-        agree(lambda: self._vouch(binding, renamed), groups)
         pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
         devices = {shard.tensor.device.type for shard in pulled}
-        unlike = differing(agree(lambda: backend_names(devices), groups), groups)
+
+        def finish() -> tuple[
+            dict[tuple[str, ...], Plan], dict[Optimizer, list[Plan]], Found, dict[str, str]
+        ]:
+            self._vouch(binding, renamed)
+            plans, calls = self._make_plans(binding, renamed)
+            return plans, calls, self._find_state(self._loaded, plans.values()), backend_names(devices)
+
+        (plans, calls, found, _), words = agree_and_tell(
+            finish, groups, lambda own: {**own[3], **self._stepped(self._loaded)}
+        )
+        unlike = {device: names for device, names in words.items() if len(names) > 1}
         binding.plain = frozenset(unlike)
         warn.about_kernels(unlike)
-        plans, calls = agree(partial(self._make_plans, binding, renamed), groups)
         stateful = bool(union(stateful_layers(plans.values()), layout.everywhere))
-        restore = self._prepare_restore(self._loaded, binding, plans.values())
         if vet is not None:
             vet(binding)
         self._binding, self._plans, self._calls, self._stateful = binding, plans, calls, stateful
@@ -218,9 +230,30 @@ class Projector:
         self._adapter.mark(binding.fingerprint)
         warn.about_anchors(binding)
         if old is None:
-            restore()
+            self._restore(found, binding, stepped=_STEPPED in words)
             self._loaded, self._seed = {}, {}
             warn.about_binding(binding, shards)
+
+    def _settle(
+        self, layout: ShardLayout, groups: Sequence[ProcessGroup]
+    ) -> tuple[ShardLayout, list[BoundShard], Mapping[str, LayerSettings], dict[str, dict[str, object]]]:
+        """The layout with other ranks' layers, this rank's shards, each layer's settings, and their facts."""
+
+        def look() -> list[BoundShard]:
+            self._monitor.open(is_first(groups))
+            return self._shards()
+
+        early = agree(look, groups) if layout.everywhere is not None else None
+        theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
+        whole = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
+
+        def settle() -> tuple[list[BoundShard], Mapping[str, LayerSettings], dict[str, dict[str, object]]]:
+            shards = look() if early is None else early
+            owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
+            options = self._resolve(whole, owners, self._adapter.named)
+            return shards, options, vouch.facts(options, shards, self._together)
+
+        return whole, *agree(settle, groups)
 
     def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
         vouch.check_stored(binding)
@@ -235,9 +268,7 @@ class Projector:
     def _shards(self) -> list[BoundShard]:
         return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
 
-    def _make_plans(
-        self, binding: Binding, renamed: Mapping[str, str]
-    ) -> tuple[dict[tuple[str, ...], Plan], dict[Optimizer, list[Plan]]]:
+    def _make_plans(self, binding: Binding, renamed: Mapping[str, str]) -> tuple[Plans, Calls]:
         """All plans of a new binding, with the state of those in force, and those of each optimizer."""
         plans: dict[tuple[str, ...], Plan] = {}
         calls = {
@@ -596,34 +627,34 @@ class Projector:
             AnchorError: where it was written with other anchors.
             BindingError: for a shard of another size.
         """
-        binding = self._require()
-        groups, saved = self._adapter.agreement_groups, state_dict.get("fingerprint", "")
-        agree(lambda: vouch.check_saved(saved, binding.fingerprint), groups)
-        return self._prepare_restore(state_dict, binding, self._plans.values())
+        binding, saved = self._require(), state_dict.get("fingerprint", "")
 
-    def _prepare_restore(
-        self, state_dict: Mapping[str, Any], binding: Binding, plans: Iterable[Plan]
-    ) -> Callable[[], None]:
-        groups = self._adapter.agreement_groups
-        # The count of one rank may be another: it decides what the guard sends.
-        stepped = anywhere(bool(state_dict.get("num_steps", 0)), groups)
+        def check() -> Found:
+            vouch.check_saved(saved, binding.fingerprint)
+            return self._find_state(state_dict, self._plans.values())
 
-        def find() -> tuple[int, Moves]:
-            num_steps = int(state_dict.get("num_steps", self.num_steps))
-            return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
+        found, words = agree_and_tell(
+            check, self._adapter.agreement_groups, lambda _: self._stepped(state_dict)
+        )
+        return partial(self._restore, found, binding, stepped=_STEPPED in words)
 
-        num_steps, moves = agree(find, groups)
+    @staticmethod
+    def _stepped(state_dict: Mapping[str, Any]) -> dict[str, str]:
+        """Told to the other ranks, for the count of one may be another: it decides what the guard sends."""
+        return {_STEPPED: ""} if state_dict.get("num_steps", 0) else {}
 
-        @torch.no_grad()
-        def restore() -> None:
-            self._monitor.num_steps = num_steps
-            if stepped:
-                binding.unverified.fresh.clear()
-                binding.found.away.clear()
-            for target, value in moves:
-                target.copy_(value)
+    def _find_state(self, state_dict: Mapping[str, Any], plans: Iterable[Plan]) -> Found:
+        num_steps = int(state_dict.get("num_steps", self.num_steps))
+        return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
 
-        return restore
+    @torch.no_grad()
+    def _restore(self, found: Found, binding: Binding, *, stepped: bool) -> None:
+        self._monitor.num_steps, moves = found
+        if stepped:
+            binding.unverified.fresh.clear()
+            binding.found.away.clear()
+        for target, value in moves:
+            target.copy_(value)
 
     def export_anchors(self) -> dict[str, HeldAnchor]:
         """This rank's shards of the anchors, for a copy of the optimizer in another place."""
