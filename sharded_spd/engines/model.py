@@ -77,17 +77,18 @@ def wrapper_groups(model: Module) -> list[ProcessGroup]:
 def replicas_of(params: Iterable[Tensor]) -> ProcessGroup | None:
     """The ranks over which a DistributedDataParallel copies `params`; None if none is found that does.
 
-    A wrapper leaves no trace on its parameters, and an optimizer is made of these alone.
+    A wrapper leaves no trace on its parameters, and an optimizer is made of these alone. A rank that has no
+    share of them takes the ranks of all wrappers, where these are the same.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
     own = set(params)
-    if not own or any(isinstance(p, DTensor) for p in own):
+    if any(isinstance(p, DTensor) for p in own):
         return None
     # By type(), since isinstance asks proxies, whose object may be gone.
     wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
-    found = next((w for w in wrappers if not own.isdisjoint(w.parameters())), None)
-    return None if found is None else found.process_group
+    groups = {w.process_group for w in wrappers if not own or not own.isdisjoint(w.parameters())}
+    return groups.pop() if len(groups) == 1 else None
 
 
 def _in_order(raw: Sequence[str], by_raw: Mapping[str, str], model: Module) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach, verdict
@@ -190,3 +191,19 @@ def kernels_that_one_rank_lacks(engine: Engine) -> None:
     gathered = [torch.empty_like(whole) for _ in range(engine.world)]
     dist.all_gather(gathered, whole)
     assert all(torch.equal(whole, other) for other in gathered)
+
+
+def rank_without_a_share(engine: Engine) -> None:
+    """One parameter and two ranks, and no model given: the rank that steps nothing binds with the other."""
+    found = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        model = engine.wrap(nn.Linear(4, 3, bias=False))
+        own = {"lr": 0.05, "weight_decay": 2.0}
+        params = list(model.parameters())
+        optimizer = ZeroRedundancyOptimizer(params, AdamSPD, **own) if shared else AdamSPD(params, **own)
+        for t in range(4):
+            params[0].grad = _gradient(params[0], t)
+            optimizer.step()
+        found.append(params[0].detach().clone())
+    torch.testing.assert_close(*found)

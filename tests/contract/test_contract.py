@@ -85,7 +85,8 @@ def _all() -> Iterator[Task]:
     for function in (step_cases.base_that_raises, step_cases.step_that_fails_leaves_the_next_one_whole):
         yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("fsdp1", 2)), function)
     yield from _tasks((*SHARDED, ("fsdp2_tp", 4), ("fsdp1", 2)), step_cases.scalars_that_differ, FORMS)
-    yield from _tasks((("ddp", 2),), step_cases.kernels_that_one_rank_lacks)
+    for function in (step_cases.kernels_that_one_rank_lacks, step_cases.rank_without_a_share):
+        yield from _tasks((("ddp", 2),), function)
     for function in (step_cases.group_that_one_rank_has, step_cases.failure_that_is_heard_late):
         yield from _tasks(SHARDED, function)
     yield from _tasks((("fsdp2", 2), ("fsdp1", 2)), checkpoint_cases.one_rank_alone)
