@@ -31,7 +31,7 @@ def _all() -> Iterator[Task]:
                     continue  # torch's own Adam gathers gradients there, of layers that one rank alone steps
                 own = {"call": call, "source": source, "rank": -((i + turn) % 2)}
                 # Every source on one engine, and every engine with a part of the sources, another of each.
-                slow = turn > 0 and (i + turn) % 12 > 0
+                slow = turn > 0 and (i + turn) % 24 > 0
                 yield Task(f"{call}-{source}", *cell, trouble, own, slow)
 
 

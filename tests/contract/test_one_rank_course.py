@@ -12,11 +12,12 @@ from tests.support.launch import Task
 from tests.support.training import FORMS
 
 SPLIT = (("fsdp2", 2), ("fsdp2", 4), ("fsdp2_tp", 4), ("fsdp1", 2))
+QUICK = (("fsdp2", 2), ("fsdp2_ep", 4), ("zero", 2), ("ddp", 2))
 SUB = {"sub_group_size": 20}
 
 
 def _task(cell: tuple[str, int], function: Callable[..., None], label: str, **options: Any) -> Task:
-    return Task(f"{function.__name__}-{label}", *cell, function, options)
+    return Task(f"{function.__name__}-{label}", *cell, function, options, slow=cell not in QUICK)
 
 
 def _all() -> Iterator[Task]:

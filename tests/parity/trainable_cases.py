@@ -151,11 +151,12 @@ def _cells() -> Iterator[tuple[str, Form, Kind, bool, bool]]:
 
 
 def tasks(engine: str, world: int) -> Iterator[Task]:
-    """Both kinds and both optimizers on an engine."""
+    """Both kinds and both optimizers on an engine; four ranks of the older ones are slow."""
+    rare = world == 4 and engine not in ("fsdp1", "fsdp2")
     for name, form, kind, only, slow in _cells():
         idle = (engine, world, kind) not in _SPREAD
         options = {"form": form, "kind": kind, "only": only, "idle": idle}
-        yield Task(f"few_trained-{name}", engine, world, few_trained, options, slow=slow)
+        yield Task(f"few_trained-{name}", engine, world, few_trained, options, slow=slow or rare)
 
 
 def zero_tasks(world: int, stage: int) -> Iterator[Task]:
@@ -164,4 +165,6 @@ def zero_tasks(world: int, stage: int) -> Iterator[Task]:
         idle = kind == "trunk"
         setting = Setting(stage=stage, form=form)
         options = {"setting": setting, "kind": kind, "only": only, "idle": idle}
-        yield Task(f"few_trained-{stage}-{name}", "zero", world, few_trained_zero, options, slow=slow)
+        yield Task(
+            f"few_trained-{stage}-{name}", "zero", world, few_trained_zero, options, slow=slow or world == 4
+        )
