@@ -71,7 +71,7 @@ def _task(
     **options: Any,
 ) -> Task:
     name = "-".join(filter(None, (function.__name__, base, label)))
-    return Task(name, engine, world, function, {"base": base, **options}, slow=slow)
+    return Task(name, engine, world, function, {"base": base, **options}, slow, 3.0 if label else 1.0)
 
 
 def _params() -> Iterator[Any]:

@@ -55,6 +55,8 @@ class Task:
     function: Callable[..., None]
     options: dict[str, Any] = field(default_factory=dict)
     slow: bool = False
+    patience: float = 1.0
+    """How many times the usual limit it may take, where a compiler works."""
 
     @property
     def launch(self) -> str:
@@ -126,7 +128,9 @@ def _watch(ranks: Sequence[Any], tasks: Sequence[Task], folder: Path) -> tuple[d
             dead = any(not alive[rank] and report is None for rank, report in enumerate(reports))
             if failed_at is None and (dead or any(reports)):
                 failed_at = now
-            if now - since > TASK_LIMIT or (failed_at is not None and now - failed_at > GRACE):
+            if now - since > TASK_LIMIT * task.patience or (
+                failed_at is not None and now - failed_at > GRACE
+            ):
                 end: End = "hung" if failed_at is None else "failed"
                 return {**outcomes, task.id: _autopsy(ranks, reports, folder)}, end
             time.sleep(0.02)
