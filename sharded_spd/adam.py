@@ -13,9 +13,9 @@ from torch.nn import Module
 from torch.optim.adam import Adam, adam
 
 from sharded_spd.agree import agree, agree_and_tell
-from sharded_spd.binding import Binding
+from sharded_spd.binding.records import Binding
 from sharded_spd.engines.base import EngineAdapter
-from sharded_spd.engines.plain import ParameterAdapter, known_groups
+from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.errors import BindingError
 from sharded_spd.fused import Lists, fused_adam, may_fuse
 from sharded_spd.groups import (
@@ -23,10 +23,10 @@ from sharded_spd.groups import (
     compare_groups,
     count_layers,
     fuses_decay,
+    group_rests,
     keep_shown,
     listed,
     num_layers,
-    rests,
     take_group,
     tensors_in,
     under_own_names,
@@ -118,8 +118,7 @@ class AdamSPD(Adam):
                 fused=fused,
             )
 
-        known = model if isinstance(model, Module) else None
-        agree(construct, known_groups(tensors_in(params), known, with_replicas=True))
+        agree(construct, adapter.groups_of(tensors_in(params)))
         self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=self._deferred)
         self._after_bind()
 
@@ -249,7 +248,7 @@ class AdamSPD(Adam):
         """What an optimizer around this one has copied into the groups, out of a checkpoint it may be."""
         for g, (spec, group) in enumerate(zip(self._specs, self.param_groups, strict=False)):
             own = spec.shown.get("anchor_fingerprint")
-            if own is not None and spec.unchecked is not None and not rests(spec, group):
+            if own is not None and spec.unchecked is not None and not group_rests(spec, group):
                 check_fingerprint(spec.unchecked, own, group=g, num_params=count_layers(group))
                 spec.unchecked = None
             if own is not None and self._adapter.replicas is not None:

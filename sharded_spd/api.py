@@ -24,8 +24,10 @@ from sharded_spd.engines.deepspeed import (
     is_deepspeed_engine,
     json_block,
 )
+from sharded_spd.engines.model import replicas_of
 from sharded_spd.engines.partitioned import ranks_of, share_of
-from sharded_spd.engines.plain import ParameterAdapter, known_groups
+from sharded_spd.engines.plain import ParameterAdapter
+from sharded_spd.engines.process_groups import known_groups
 from sharded_spd.errors import ConfigError, UnsupportedError
 from sharded_spd.projector import Projector
 from sharded_spd.sources import ConfigResolver
@@ -78,8 +80,8 @@ def _ranks_of(targets: Sequence[Any], model: Any) -> Sequence[ProcessGroup]:
     """Which ranks attach together, told before anything can be wrong on one of them."""
     seen = [found for target in targets if isinstance(found := _innermost(target), Optimizer)]
     params = [p for optimizer in seen for group in optimizer.param_groups for p in group["params"]]
-    shares = [group for optimizer in seen if (group := ranks_of(optimizer)) is not None]
-    return known_groups(params, model if isinstance(model, Module) else None, shares, with_replicas=True)
+    others = [*map(ranks_of, seen), replicas_of(params)]
+    return known_groups(params, model if isinstance(model, Module) else None, others)
 
 
 def _adapter_of(targets: Sequence[Any], model: Module | None) -> EngineAdapter:

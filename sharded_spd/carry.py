@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_spd.binding import cut
+from sharded_spd.binding.records import cut
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import BindingError
 from sharded_spd.plan import Plan

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_spd import binding
-from sharded_spd.binding import LayerSettings
+from sharded_spd.binding.records import LayerSettings, rests
 from sharded_spd.engines.base import made_up_name
-from sharded_spd.engines.plain import is_left_alone
+from sharded_spd.engines.param_refusals import is_left_alone
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.names import clean_fqns
 from sharded_spd.rules import make_rule
@@ -108,9 +107,9 @@ def _check_range(key: str, value: Any, low: float, high: float) -> None:
         raise ConfigError(f"got {key} {value}; wanted {low} <= {key} < {high}")
 
 
-def rests(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
-    """Whether a group asks nothing of its anchors; see `binding.rests`."""
-    return binding.rests(LayerSettings(rule=spec.rule, anchor=spec.anchor), group)
+def group_rests(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
+    """Whether a group asks nothing of its anchors; see `rests`."""
+    return rests(LayerSettings(rule=spec.rule, anchor=spec.anchor), group)
 
 
 def fuses_decay(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
@@ -166,7 +165,7 @@ def compare_groups(
         theirs = saved.get("anchor_fingerprint", own)
         if len(saved["params"]) != len(group["params"]):
             continue
-        if rests(spec, saved if "rule" in saved else group):
+        if group_rests(spec, saved if "rule" in saved else group):
             left[g] = theirs
         else:
             check_fingerprint(theirs, own, group=g, num_params=count_layers(group))

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from sharded_spd import warn
 from sharded_spd.agree import flood, union
-from sharded_spd.binding import Binding, flat
+from sharded_spd.binding.records import Binding, flat
 from sharded_spd.errors import ConfigError
 from sharded_spd.hostvec import LateScalar
 from sharded_spd.layout import BoundShard

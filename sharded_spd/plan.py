@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sharded_spd.binding import Binding
+from sharded_spd.binding.records import Binding
 from sharded_spd.hostvec import HostVector
 from sharded_spd.layout import BoundShard, ShardSlice
 from sharded_spd.rules import LayerInfo, Rule

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from sharded_spd import vouch, warn
 from sharded_spd.agree import agree, agree_and_tell, difference, union
 from sharded_spd.anchors.fingerprint import combine, combine_nameless
-from sharded_spd.binding import Binding, HeldAnchor, LayerSettings, Resolver, bind
+from sharded_spd.binding.bind import bind
+from sharded_spd.binding.records import Binding, HeldAnchor, LayerSettings, Resolver
 from sharded_spd.carry import Moves, export_layers, find_layers, stateful_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import BindingError

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.batches import Batches
-from sharded_spd.binding import Binding, lost, rests
+from sharded_spd.binding.records import Binding, lost, rests
 from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.items import Item
 from sharded_spd.kernels import FORMED, Slice, choose

@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from sharded_spd.binding import Binding
+from sharded_spd.binding.records import Binding
 from sharded_spd.hostvec import HostVector
 from sharded_spd.layout import BoundShard
 from sharded_spd.options import check_scalars

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_spd.anchors import AnchorStore, FileAnchor, MappedAnchor, TensorAnchor, ZeroAnchor
-from sharded_spd.binding import LayerSettings
+from sharded_spd.binding.records import LayerSettings
 from sharded_spd.config import AnchorConfig, SPDConfig
 from sharded_spd.errors import AnchorError, BindingError, ConfigError
 from sharded_spd.layout import ShardLayout

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.batches import Batch
-from sharded_spd.binding import Binding, flat, has_strength
+from sharded_spd.binding.records import Binding, flat, has_strength
 from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.errors import AnchorError
 from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED, NUM_ROWS, TRAINED

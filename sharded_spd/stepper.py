@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from sharded_spd import warn
-from sharded_spd.binding import Binding
+from sharded_spd.binding.records import Binding
 from sharded_spd.carry import move_layers
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError

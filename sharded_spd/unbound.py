@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from sharded_spd.agree import agree
-from sharded_spd.binding import flat
+from sharded_spd.binding.records import flat
 from sharded_spd.errors import BindingError
 
 

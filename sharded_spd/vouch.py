@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from sharded_spd.anchors.base import VouchedStore, is_on_disk
 from sharded_spd.anchors.fingerprint import combine
 from sharded_spd.anchors.paths import some
-from sharded_spd.binding import Binding, LayerSettings
+from sharded_spd.binding.records import Binding, LayerSettings
 from sharded_spd.errors import AnchorError
 from sharded_spd.layout import BoundShard
 

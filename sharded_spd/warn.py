@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sharded_spd.anchors.paths import some
-from sharded_spd.binding import Binding
+from sharded_spd.binding.records import Binding
 from sharded_spd.layout import BoundShard
 
 _LOG = logging.getLogger(__name__)

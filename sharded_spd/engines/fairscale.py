@@ -5,7 +5,6 @@ Its OSS hands whole parameters to an ordinary optimizer on each rank, see `parti
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from sharded_spd.engines.instances import instances_of
 from sharded_spd.engines.parts import Part, chunk, tile
 
 _FSDP = "fairscale.nn.data_parallel.fully_sharded_data_parallel"
@@ -81,10 +81,8 @@ class BucketWatch:
         if module is None:
             return
         if self._wrappers is None:
-            # The wrapper is made of the optimizer, which does not know it. By type(), since isinstance asks
-            # proxies, whose object may be gone.
-            kind = module.ShardedDataParallel
-            self._wrappers = [weakref.ref(o) for o in gc.get_objects() if type(o) is kind]
+            # The wrapper is made of the optimizer, which does not know it.
+            self._wrappers = [weakref.ref(o) for o in instances_of(module.ShardedDataParallel)]
         live = [wrapper for ref in self._wrappers if (wrapper := ref()) is not None]
         if not live:
             return

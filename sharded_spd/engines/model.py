@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_spd.engines.facts import facts_of
 from sharded_spd.engines.fairscale import fairscale_parts, fairscale_units
 from sharded_spd.engines.fsdp1 import fsdp1_parts, fsdp1_ties, fsdp1_units
+from sharded_spd.engines.instances import instances_of
 from sharded_spd.engines.parts import Part
 from sharded_spd.layout import ModelFacts
 from sharded_spd.names import clean_fqn, clean_fqns
@@ -85,8 +85,7 @@ def replicas_of(params: Iterable[Tensor]) -> ProcessGroup | None:
     own = set(params)
     if any(isinstance(p, DTensor) for p in own):
         return None
-    # By type(), since isinstance asks proxies, whose object may be gone.
-    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    wrappers = instances_of(DistributedDataParallel)
     groups = {w.process_group for w in wrappers if not own or not own.isdisjoint(w.parameters())}
     return groups.pop() if len(groups) == 1 else None
 

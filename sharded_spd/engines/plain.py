@@ -7,14 +7,13 @@ do. ZeroRedundancyOptimizer and OSS: whole parameters, others on every rank. All
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
@@ -33,24 +32,24 @@ from sharded_spd.engines.dtensor import (
     whole_slice,
 )
 from sharded_spd.engines.fairscale import BucketWatch
-from sharded_spd.engines.model import ModelView, is_flat, replicas_of, view_model, wrapper_groups
+from sharded_spd.engines.model import ModelView, is_flat, replicas_of, view_model
+from sharded_spd.engines.param_refusals import (
+    REAL,
+    check_dtype,
+    is_left_alone,
+    name_of,
+    raise_moved,
+    raise_unknown,
+    raise_unreal,
+)
 from sharded_spd.engines.partitioned import names_of
 from sharded_spd.engines.parts import Part, gather_whole, take_part
+from sharded_spd.engines.process_groups import known_groups, scopes_of
 from sharded_spd.engines.replaced import ModelWatch, check_replaced
 from sharded_spd.engines.stages import is_stage
 from sharded_spd.errors import BindingError, UnsupportedError
-from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
+from sharded_spd.layout import BoundShard, ShardLayout, ShardSlice
 from sharded_spd.names import clean_fqns
-
-_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def is_left_alone(param: Tensor) -> bool:
-    """Whether nothing is to be known of a parameter: frozen, and of numbers that no optimizer could step.
-
-    Quantised weights: bytes, integers, float8.
-    """
-    return param.dtype not in _REAL and not param.requires_grad
 
 
 @dataclass(slots=True)
@@ -120,12 +119,10 @@ class ParameterAdapter:
             self._no_model = not isinstance(model, Module)
         if isinstance(model, Module):
             self._model = weakref.ref(model)
-        self._replicas = self._replicas or replicas_of(self._tensors())
+        self._sought = False  # a wrapper may have been put around it since
 
     def _tensors(self) -> list[Tensor]:
-        """The optimizers'; none of one that is not constructed yet."""
-        groups = [group for o in self.optimizers for group in getattr(o, "param_groups", ())]
-        return [param for group in groups for param in group["params"]]
+        return [param for o in self.optimizers for group in o.param_groups for param in group["params"]]
 
     def _look(self) -> None:
         model = self._model()
@@ -138,6 +135,11 @@ class ParameterAdapter:
     @property
     def replicas(self) -> ProcessGroup | None:
         """The ranks that hold replicas of a model which DistributedDataParallel wraps; None if unknown."""
+        return self._seek_replicas(self._tensors())
+
+    def _seek_replicas(self, params: Sequence[Tensor]) -> ProcessGroup | None:
+        if self._replicas is None and not self._sought:
+            self._replicas, self._sought = replicas_of(params), True
         return self._replicas
 
     @property
@@ -147,8 +149,12 @@ class ParameterAdapter:
         Told by the parameters and the model's wrappers as they are now: the ranks have to agree on what comes
         of a layout before there is one.
         """
-        others = [g for g in (*self._groups, self._replicas, self._everywhere) if g is not None]
-        return known_groups(self._tensors(), self._model(), others)
+        return self.groups_of(self._tensors())
+
+    def groups_of(self, params: Sequence[Tensor]) -> Sequence[ProcessGroup]:
+        """`agreement_groups` as `params` tell them, which an optimizer is about to take."""
+        others = (*self._groups, self._seek_replicas(params), self._everywhere)
+        return known_groups(params, self._model(), others)
 
     def keep(self) -> Callable[[], None]:
         """See `EngineAdapter`."""
@@ -208,7 +214,7 @@ class ParameterAdapter:
         self._dtypes = {param: param.dtype for param in parts}
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
-        scopes, view, everywhere = _scopes(pieces), self._view, self._everywhere
+        scopes, view, everywhere = scopes_of(pieces), self._view, self._everywhere
         stage = is_stage(list(parts), self._model(), params)
         return ShardLayout(
             tuple(params),
@@ -222,8 +228,8 @@ class ParameterAdapter:
         )
 
     def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
-        if param.dtype not in _REAL:
-            _raise_unreal(fqn, param)
+        if param.dtype not in REAL:
+            raise_unreal(fqn, param)
         part = self._view.parts.get(param)
         if part is not None:
             return part
@@ -285,16 +291,16 @@ class ParameterAdapter:
             local = param if part.local is None else part.local()
             shard.tensor = local = local_tensor(local) if isinstance(local, DTensor) else local
             if local.numel() != part.numel or (part.numel and local.data_ptr() == 0):
-                self._raise_moved(param, local, part)
+                raise_moved(param, local, part)
             shard.requires_grad = param.requires_grad
             shard.grad = self._grad(param, part) if grads and param.grad is not None else None
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
             if grads and local.dtype != self._dtypes[param]:
-                self._check_dtype(local.dtype, self._dtypes[param], shard)
+                check_dtype(local.dtype, self._dtypes[param], shard)
                 self._dtypes[param] = local.dtype
         for name, param in lineup.alone if grads else ():
             if param.grad is not None:
-                _raise_unreal(name, param)
+                raise_unreal(name, param)
         if grads:
             self._buckets.look(self._parts)
             self._watch.look(optimizer, self._model(), lineup.shards, self._parts)
@@ -305,13 +311,13 @@ class ParameterAdapter:
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
                 part = self._parts.get(param)
-                if part is None and param.dtype not in _REAL:
+                if part is None and param.dtype not in REAL:
                     if param.requires_grad:
-                        _raise_unreal(_name_of(group, g, i), param)
-                    alone.append((_name_of(group, g, i), param))
+                        raise_unreal(name_of(group, g, i), param)
+                    alone.append((name_of(group, g, i), param))
                     continue
                 if part is None:
-                    self._raise_unknown(optimizer, group, g, i)
+                    raise_unknown(optimizer, group, g, i)
                     continue
                 owner = param if part.local is None else None
                 shard = BoundShard(
@@ -328,42 +334,6 @@ class ParameterAdapter:
                 "one: construct the embedding with sparse=False"
             )
         return aligned_grad(param) if isinstance(param, DTensor) else param.grad
-
-    def _raise_unknown(self, optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int) -> None:
-        raise BindingError(
-            f"parameter {_name_of(group, g, i)!r} (shape {tuple(group['params'][i].shape)}) of "
-            f"{type(optimizer).__name__} is not bound: it was added, or put in place of another one, after "
-            "binding; call bind() after sharding, after adding groups, and before the next step"
-        )
-
-    @staticmethod
-    def _raise_moved(param: Tensor, local: Tensor, part: Part) -> None:
-        fqn = part.slices[0].layer
-        if local.numel() != part.numel:
-            raise BindingError(
-                f"the tensor of layer {fqn!r} has {local.numel()} elements, wanted {part.numel}: it was "
-                "sharded since the anchors were bound (call bind(model) with the wrapped model), or a "
-                "forward has gathered it and no backward has followed"
-            )
-        if not isinstance(param, DTensor) and param.untyped_storage().size() == 0:
-            raise BindingError(
-                f"layer {fqn!r} has no memory: the optimizer holds FSDP's gathered parameter, which is freed "
-                "after use, not its shard; build the optimizer right after fully_shard, or call "
-                "model.reshard() before it is built"
-            )
-
-    @staticmethod
-    def _check_dtype(now: torch.dtype, bound: torch.dtype, shard: BoundShard) -> None:
-        """A wider dtype before the first step holds what was bound; anything else does not."""
-        wider = torch.promote_types(now, bound) == now
-        if wider and not shard.has_state:
-            return
-        raise BindingError(
-            f"layer {shard.slices[0].layer!r} was {bound} when its anchor was bound and is {now} now: the "
-            "optimizer's state, the anchor and the gradients would be of two dtypes; change the dtype of the "
-            "pre-trained model first, then build the optimizer and call bind() (or anchor='deferred' and "
-            "bind() after the change), and keep it while training"
-        )
 
     def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
         """One call, of everything."""
@@ -400,57 +370,3 @@ class ParameterAdapter:
         """This rank's shard of what `export` gave."""
         piece, part = self._pieces[fqn]
         return take_part(saved, piece) if part.flat else local_tensor(saved).reshape(-1)
-
-
-def _name_of(group: Mapping[str, Any], g: int, i: int) -> str:
-    names = group.get("param_names", ())
-    return str(names[i]) if i < len(names) else made_up_name(g, i)
-
-
-def _raise_unreal(name: str, param: Tensor) -> NoReturn:
-    raise UnsupportedError(
-        f"layer {name!r} has dtype {param.dtype} and is to be trained; wanted a real floating-point dtype "
-        f"({', '.join(str(dtype).removeprefix('torch.') for dtype in _REAL)}), or a frozen parameter "
-        "(requires_grad=False)"
-    )
-
-
-def known_groups(
-    params: Sequence[Tensor],
-    model: Module | None,
-    others: Sequence[ProcessGroup] = (),
-    *,
-    with_replicas: bool = False,
-) -> list[ProcessGroup]:
-    """The groups that parameters and a model's wrappers tell of, one for each set of ranks, and `others`.
-
-    `with_replicas`: also that of a DistributedDataParallel that holds `params`, which has to be looked for.
-    """
-    replicas = replicas_of(params) if with_replicas else None
-    others = [*others, *([] if replicas is None else [replicas])]
-    params = [*params, *(() if model is None else model.parameters())]
-    meshes = {p.device_mesh: p for p in params if isinstance(p, DTensor)}
-    groups = [group for param in meshes.values() for group in mesh_groups(param)]
-    groups += [] if model is None else wrapper_groups(model)
-    return list(dict.fromkeys(_one_per_ranks([*groups, *others]).values()))
-
-
-def _one_per_ranks(groups: Iterable[ProcessGroup]) -> dict[ProcessGroup, ProcessGroup]:
-    """For each group the one of the same ranks whose name is first, the same one on all of them.
-
-    Equal meshes that were made twice have groups of their own: one reduction serves them.
-    """
-    ranks = {group: tuple(dist.get_process_group_ranks(group)) for group in dict.fromkeys(groups)}
-    first: dict[tuple[int, ...], ProcessGroup] = {}
-    for group, own in ranks.items():
-        first[own] = min(first.get(own, group), group, key=lambda g: str(g.group_name))
-    return {group: first[own] for group, own in ranks.items()}
-
-
-def _scopes(pieces: Mapping[str, tuple[ShardSlice, Part]]) -> tuple[Scope, ...]:
-    first = _one_per_ranks(group for _, part in pieces.values() for group in part.split)
-    layers: dict[ProcessGroup, list[str]] = {group: [] for group in first.values()}
-    for fqn, (_, part) in pieces.items():
-        for group in part.split:
-            layers[first[group]].append(fqn)
-    return tuple(Scope(group, tuple(own)) for group, own in layers.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
+
+from sharded_spd.engines.instances import instances_of
 
 _STAGES = "torch.distributed.pipelining.stage"
 _AXES = ("pp", "pipe", "pipeline", "stage")
@@ -35,8 +36,7 @@ def _in_stages(shown: set[Tensor]) -> bool:
     module = sys.modules.get(_STAGES)
     if module is None or not shown:
         return False
-    # By type(), since isinstance asks proxies, whose object may be gone.
-    stages = [o for o in gc.get_objects() if issubclass(type(o), module._PipelineStageBase)]
+    stages = instances_of(module._PipelineStageBase)
     own = [stage for stage in stages if not shown.isdisjoint(stage.submod.parameters())]
     inside = {p for stage in own for p in stage.submod.parameters()}
     return shown <= inside and any(stage.num_stages > len(own) for stage in own)

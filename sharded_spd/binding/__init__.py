@@ -1,0 +1,1 @@
+"""What each layer is anchored at."""

@@ -1,0 +1,280 @@
+"""Binding: every layer gets its rule and its anchor, and all ranks learn alike what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharded_spd.agree import agree, union
+from sharded_spd.anchors.base import AnchorStore, Values
+from sharded_spd.anchors.casting import cast_of, is_away
+from sharded_spd.anchors.files import FileAnchor
+from sharded_spd.anchors.fingerprint import SEEDS, slice_fingerprint
+from sharded_spd.anchors.memory import TensorAnchor
+from sharded_spd.anchors.notes import about_products, kept_at_start, notes
+from sharded_spd.anchors.paths import some
+from sharded_spd.binding.records import (
+    Binding,
+    HeldAnchor,
+    LayerSettings,
+    cut,
+    fetch,
+    flat,
+    place,
+    rests,
+    same_part,
+)
+from sharded_spd.errors import AnchorError
+from sharded_spd.guard import Found
+from sharded_spd.layout import BoundShard, ShardLayout, ShardSlice
+from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
+
+
+def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], found: Found) -> None:
+    by_store: dict[int, tuple[AnchorStore, dict[str, tuple[int, ...]]]] = {}
+    for fqn, layer in options.items():
+        if layer.rule.spec.anchored and not isinstance(layer.anchor, str):
+            by_store.setdefault(id(layer.anchor), (layer.anchor, {}))[1][fqn] = layout.shapes[fqn]
+    problems = []
+    for store, shapes in by_store.values():
+        if isinstance(store, FileAnchor):
+            store.know(layout.facts, [*layout.fqns, *layout.elsewhere, *layout.model_fqns])
+        problems += store.problems(shapes)
+        if not problems and isinstance(store, FileAnchor):
+            on_purpose, strays = store.strays(layout.model_fqns)
+            found.strays |= {store.source: strays} if strays else {}
+            if on_purpose:
+                found.notes.append(
+                    f"{store.source}: {len(on_purpose)} tensors of layers that the model or the "
+                    f"checkpoint's configuration leaves out ({some(on_purpose, 3)}) are no anchor's"
+                )
+    if problems:
+        listing = "\n  ".join(problems)
+        raise AnchorError(
+            f"the anchor does not fit the model in {len(problems)} place(s); wanted a tensor of the layer's "
+            "shape for each projected layer (a new layer: anchor 'zero' or rule 'decay' by pattern; another "
+            f"name in the file: names):\n  {listing}"
+        )
+
+
+def _settle(
+    layout: ShardLayout,
+    options: Mapping[str, LayerSettings],
+    previous: Mapping[str, HeldAnchor],
+    found: Found,
+) -> Mapping[str, LayerSettings]:
+    """The options as they hold: adapters that zero would damage stay at their start, which is noted."""
+    anchors = {fqn: own.anchor for fqn, own in options.items() if own.rule.spec.anchored}
+    at_start = kept_at_start(anchors, layout.facts)
+    found.notes += notes({fqn: a for fqn, a in anchors.items() if fqn not in previous}, at_start)
+    return {**options, **{fqn: replace(options[fqn], anchor="snapshot") for fqn in at_start}}
+
+
+def bind(
+    shards: Sequence[BoundShard],
+    layout: ShardLayout,
+    options: Mapping[str, LayerSettings],
+    previous: Mapping[str, HeldAnchor],
+    unchecked: Set[str],
+    groups: Sequence[Any],
+    failure: Exception | None = None,
+) -> Binding:
+    """Bind every layer; one that is bound already keeps its anchor. Collective over `groups` and the scopes.
+
+    Args:
+        shards: this rank's shards of all layers.
+        layout: the layout of all layers.
+        options: each layer's settings.
+        previous: what this rank holds already, by FQN.
+        unchecked: layers among those whose snapshot has not been checked by a step yet.
+        groups: the groups whose ranks bind together.
+        failure: what this rank has found wrong before, to be raised on all of them.
+
+    Raises:
+        AnchorError: on all ranks alike, where an anchor does not fit or cannot be read on one of them.
+    """
+    pieces = {piece.layer: (shard, piece) for shard in shards for piece in shard.slices}
+    result = Binding(layout, options, {})
+    part = _LocalPart(result, previous, unchecked)
+
+    def local() -> None:
+        if failure is not None:
+            raise failure
+        _check_stores(layout, options, result.found)
+        result.options = _settle(layout, options, previous, result.found)
+        for shard, piece in pieces.values():
+            if result.options[piece.layer].rule.spec.anchored:
+                part.bind(shard, piece)
+        part.check_zeros()
+
+    agree(local, groups)
+    _reduce(result, part.totals)
+    # Tensors given by the user are bound now: this rank's shard is kept, theirs are let go.
+    result.options = {
+        fqn: replace(own, anchor="snapshot") if isinstance(own.anchor, TensorAnchor) else own
+        for fqn, own in result.options.items()
+    }
+    return result
+
+
+@dataclass(slots=True)
+class _LocalPart:
+    """What this rank binds by itself: its slices' anchors, and its part of the sums that tell of them."""
+
+    binding: Binding
+    previous: Mapping[str, HeldAnchor]
+    unchecked: Set[str]
+    totals: dict[str, _Totals] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    nonzero: dict[str, bool] = field(default_factory=dict)
+
+    def bind(self, shard: BoundShard, piece: ShardSlice) -> None:
+        """Bind one slice."""
+        fqn = piece.layer
+        settings, old = self.binding.options[fqn], self.previous.get(fqn)
+        resting = rests(settings, shard.param_group) and (old is None or old.pending)
+        if resting:
+            self.binding.unverified.resting.add(fqn)
+        if resting and old is not None and same_part(old, piece):
+            self._keep(old, piece)
+            return
+        cut_out = slice(piece.offset, piece.offset + piece.numel)
+        weight = flat(shard.tensor if shard.origin is None else shard.origin)[cut_out]
+        shape = self.binding.layout.shapes[fqn]
+        values, known = _values(old, settings, piece, weight, shape)
+        if values is None and old is None and piece.numel:
+            self._note_zero(shard, piece, weight, settings.anchor)
+        if values is not None:
+            values = place(values, shard.tensor, settings)
+        prints = slice_fingerprint(values, piece, shape).cpu()
+        cast = cast_of(settings.anchor, fqn, weight, values) if old is None else None
+        stored = prints if cast is None else torch.tensor(cast.fingerprint)
+        lossy = cast is not None and cast.worst > 0
+        found = self.binding.found
+        found.worst = max(found.worst, 0.0 if cast is None else cast.worst)
+        away = old is None and is_away(settings.anchor, weight, values)
+        frozen = resting or not shard.requires_grad
+        held = self.binding.held[fqn] = _hold(values, piece, weight, prints, frozen=frozen)
+        norm_sq = _norm_sq(values)
+        if held.pending:
+            held.norm_sq = float(norm_sq)
+        exact = settings.anchor_dtype in (None, weight.dtype)
+        snapshot = settings.anchor == "snapshot" and exact
+        # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
+        told = (known or not snapshot) and piece.numel > 0
+        seen = torch.tensor([told, fqn in self.unchecked, held.pending, old is not None, away, lossy])
+        self.totals[fqn] = _Totals(norm_sq, torch.cat([prints, stored, seen.long()]))
+
+    def _keep(self, old: HeldAnchor, piece: ShardSlice) -> None:
+        """Its weights may move meanwhile: what they were when they were bound is what counts."""
+        self.binding.held[piece.layer] = replace(old, piece=piece)
+        prints = torch.tensor(old.fingerprint)
+        seen = torch.tensor([piece.numel > 0, piece.layer in self.unchecked, True, True, False, False])
+        norm_sq = torch.tensor(old.norm_sq, dtype=torch.float64)
+        self.totals[piece.layer] = _Totals(norm_sq, torch.cat([prints, prints, seen.long()]))
+
+    def _note_zero(self, shard: BoundShard, piece: ShardSlice, weight: Tensor, store: object) -> None:
+        """A layer that is newly anchored at zero: whether it is there, or may not be."""
+        self.nonzero[piece.layer] = bool(weight.any())
+        if isinstance(store, FileAnchor) and shard.requires_grad:
+            self.refused += filter(None, [store.refuse_zero(piece, weight)])
+
+    def check_zeros(self) -> None:
+        """Raises AnchorError where zero would damage a layer; notes which products of layers it stops."""
+        if self.refused:
+            raise AnchorError("anchor_missing: zero does not fit:\n  " + "\n  ".join(self.refused))
+        self.binding.found.notes += about_products(self.nonzero, self.binding.layout.facts)
+
+
+def _values(
+    old: HeldAnchor | None,
+    options: LayerSettings,
+    piece: ShardSlice,
+    weight: Tensor,
+    shape: tuple[int, ...],
+) -> tuple[Values | None, bool]:
+    """The anchor of a slice, and whether it was known before this binding."""
+    if old is None:
+        return fetch(options, piece, weight), False
+    if not old.pending:
+        if old.values is None:
+            return None, True
+        if isinstance(options.anchor, str) or same_part(old, piece):
+            return cut(old.values, old.piece, piece, shape), True
+        return fetch(options, piece, weight), True
+    return fetch(options, piece, weight), True
+
+
+def _hold(
+    values: Values | None, piece: ShardSlice, weight: Tensor, prints: Tensor, *, frozen: bool
+) -> HeldAnchor:
+    """A layer that stays where it is, or is not pulled, and is at its anchor takes no memory until it must.
+
+    Taking it from the weight then, and not from its store, also keeps a step free of reads that may fail on
+    one rank. What takes no memory anyway is held.
+    """
+    if (
+        frozen
+        and isinstance(values, Tensor)
+        and torch.equal(weight.to(values.dtype), values.to(weight.device))
+    ):
+        return HeldAnchor(piece, None, pending=True, dtype=values.dtype, fingerprint=tuple(prints.tolist()))
+    return HeldAnchor(piece, values)
+
+
+class _Totals(NamedTuple):
+    """This rank's part of |w0|^2, and of int64 counts.
+
+    [fingerprints..., fingerprints as stored..., known, unchecked, pending, bound before, away, lossy]
+    """
+
+    norm_sq: Tensor
+    counts: Tensor
+
+
+def _norm_sq(values: Values | None) -> Tensor:
+    if values is None:
+        return torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for begin in range(0, values.numel(), CHUNK):
+        part = values[begin : begin + CHUNK].double()
+        total += fixed_sum(part * part)
+    return total
+
+
+def _reduce(binding: Binding, totals: Mapping[str, _Totals]) -> None:
+    """Sum over the scopes: norms, fingerprints, and what no rank may decide by itself."""
+    fqns = [fqn for fqn in binding.layout.fqns if fqn in totals]
+    norms = torch.zeros(len(fqns), dtype=torch.float64)
+    counts = torch.zeros(len(fqns), 2 * len(SEEDS) + 6, dtype=torch.int64)
+    for i, fqn in enumerate(fqns):
+        norms[i], counts[i] = totals[fqn]
+    for whole in (norms, counts):
+        sum_over_scopes_(whole, fqns, binding.layout.scopes)
+    binding.norms = dict(zip(fqns, norms.sqrt().tolist(), strict=True))
+    found, num = binding.found, len(SEEDS)
+    for fqn, row in zip(fqns, counts.tolist(), strict=True):
+        known, unchecked, pending, before, away, lossy = row[2 * num :]
+        binding.fingerprints[fqn] = tuple(row[:num])
+        if not before:
+            found.stored[fqn] = tuple(row[num : 2 * num])
+        found.away += [fqn] if away else []
+        found.lossy += [fqn] if lossy else []
+        if pending:
+            binding.unverified.pending.add(fqn)
+        elif unchecked or not known:
+            binding.unverified.fresh.add(fqn)
+    # With each fingerprint goes whose it is, for of the layers of other ranks nothing else is known here.
+    theirs = {}
+    for fqn in fqns:
+        own = binding.options[fqn]
+        source = own.anchor if isinstance(own.anchor, str) else own.anchor.source
+        theirs[fqn] = (binding.fingerprints[fqn], source, own.fingerprint)
+    for fqn, (prints, source, wanted) in union(theirs, binding.layout.everywhere).items():
+        binding.elsewhere[fqn] = prints
+        if wanted is not None:
+            found.pinned.setdefault((source, wanted), {})[fqn] = prints
