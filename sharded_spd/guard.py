@@ -7,13 +7,16 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from sharded_spd.engines.dtensor import local_tensor
 from sharded_spd.errors import AnchorError
+from sharded_spd.layout import BoundShard
 from sharded_spd.stats import Statistic
 
 HAS_STATE, DELTA, DOT, MOVED, TRAINED = range(5)
@@ -147,3 +150,25 @@ class Unverified:
         self.stepped |= taken & self.fresh
         self.pending -= taken & wanted
         self.resting -= taken & wanted
+
+
+def look_for_training_(
+    guard: Tensor,
+    optimizer: Optimizer,
+    shards: Iterable[BoundShard],
+    column: Mapping[str, int],
+    unseen: Set[str],
+) -> None:
+    """Note in the row `TRAINED` which of the `unseen` layers the optimizer has moments of from elsewhere."""
+    for shard in shards:
+        state = optimizer.state.get(shard.key, {}) if shard.key is not None else {}
+        moments = [
+            local_tensor(m).detach().reshape(-1)
+            for m in state.values()
+            if isinstance(m, Tensor) and shard.key is not None and m.shape == shard.key.shape
+        ]
+        # What an optimizer fills its state with before it has seen a gradient is one number.
+        trained = [m.ne(m[0]).any().to(guard.device) for m in moments if m.numel()]
+        for piece in shard.slices if trained else ():
+            if piece.layer in unseen:
+                guard[TRAINED, column[piece.layer]] = torch.stack(trained).any()

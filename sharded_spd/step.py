@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.batches import Batch
-from sharded_spd.binding.records import Binding, flat, has_strength
-from sharded_spd.engines.dtensor import local_tensor
+from sharded_spd.binding.records import Binding, has_strength
 from sharded_spd.errors import AnchorError
-from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED, NUM_ROWS, TRAINED
+from sharded_spd.guard import DELTA, DOT, GUARD_STATISTICS, HAS_STATE, MOVED, NUM_ROWS, look_for_training_
 from sharded_spd.items import Item
 from sharded_spd.kernels import REFERENCE, Moments
 from sharded_spd.kernels.reference import pull_, pull_back_
@@ -249,7 +247,8 @@ class Step:
         if self._guard is not None:
             self._guard[HAS_STATE] = scalars.has_state(shards)
             if self._binding.unverified.foreign:
-                self._look_for_training(self._guard, shards)
+                unseen = self._binding.unverified.fresh - self._binding.unverified.stepped
+                look_for_training_(self._guard, self.optimizer, shards, self._plan.column, unseen)
 
     def _line_up(self, roster: Roster, shards: Sequence[BoundShard]) -> list[Item]:
         items = roster.line_up(shards, getattr(self.optimizer, "grad_scale", None))
@@ -260,22 +259,6 @@ class Step:
                 if item.piece.layer in self._guarded and item.part.rule.spec.anchored:
                     self._watch(self._guard, item)
         return items
-
-    def _look_for_training(self, guard: Tensor, shards: Sequence[BoundShard]) -> None:
-        """Note the layers that the base has moments of, and that have not stepped under this binding."""
-        unseen = self._binding.unverified.fresh - self._binding.unverified.stepped
-        for shard in shards:
-            state = self.optimizer.state.get(shard.key, {}) if shard.key is not None else {}
-            moments = [
-                flat(_local(m))
-                for m in state.values()
-                if isinstance(m, Tensor) and shard.key is not None and m.shape == shard.key.shape
-            ]
-            # What an optimizer fills its state with before it has seen a gradient is one number.
-            trained = [m.ne(m[0]).any().to(guard.device) for m in moments if m.numel()]
-            for piece in shard.slices if trained else ():
-                if piece.layer in unseen:
-                    guard[TRAINED, self._plan.column[piece.layer]] = torch.stack(trained).any()
 
     @staticmethod
     def _watch(guard: Tensor, item: Item) -> None:
@@ -395,10 +378,6 @@ class Step:
             now = stats.after[DELTA_SQ].sqrt() * (1 - s).abs()
             report["deviation"] = torch.where(stepped, now, torch.nan)
         return report
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def _to_elements(per_row: Tensor, *, item: Item, cut: slice) -> Tensor:
