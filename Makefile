@@ -18,6 +18,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 EXTRAS_STAMP := $(VENV)/.installed-extras
 OLD_STAMP := $(VENV)/deepspeed-$(OLD_DEEPSPEED)
 CONFIG ?= configs/recipes/quickstart.yaml
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .PHONY: help quickstart test test-all lint format clean
@@ -28,8 +29,8 @@ help: ## show this list
 quickstart: $(JOB_STAMP) ## set up and fine-tune on handwritten digits, AdamW beside SPD (minutes, CPU is enough)
 	$(BIN)/sharded-spd finetune $(CONFIG)
 
-test: $(DEV_STAMP) ## set up and run the quick tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: $(DEV_STAMP) ## set up and run the quick tests, in WORKERS processes at once
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-all: $(DEV_STAMP) $(OLD_STAMP) $(EXTRAS_STAMP) ## set up and run every test, parity also on the other kernels, DeepSpeed also in its oldest version
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

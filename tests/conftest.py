@@ -44,6 +44,14 @@ def _no_rank(request: pytest.FixtureRequest) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under xdist a file's tests share one worker, and so its fixtures; a launch's tasks have their own."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Notes the distributed tasks that were selected, so that one launch runs all of its own."""
     params = (getattr(item, "callspec", None) for item in session.items)

@@ -47,7 +47,7 @@ SPLIT = {("single", 1): 0, ("ddp", 2): 0, ("fsdp2", 1): 0, ("fsdp2", 2): 1, ("fs
 Cells = Sequence[tuple[str, int]]
 
 
-FULL = (("single", 1), ("fsdp2", 2), ("fsdp2_tp", 4))
+FULL = (("single", 1), ("fsdp2", 2), ("tp", 2))
 """Where both forms of every case are quick; elsewhere the forms take turns, and the rest is slow."""
 
 

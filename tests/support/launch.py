@@ -42,6 +42,8 @@ PRELOAD = [
     "torch.testing",
     "torch._dynamo",
     "safetensors.torch",
+    "tests.support.engines",
+    "tests.support.preloaded",
 ]
 
 
