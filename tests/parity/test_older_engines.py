@@ -43,7 +43,7 @@ FAIRSCALE = (
 )
 SHARES = (("zero_redundancy", 2), ("zero_redundancy", 4), ("oss", 2), ("oss", 4), ("oss_sharded", 2))
 
-FULL = (("fsdp1", 2), ("fsdp1_flat", 4), ("fairscale_fsdp", 2), ("zero_redundancy", 2), ("oss", 4))
+FULL = (("fsdp1", 2), ("fsdp1_flat", 2), ("fairscale_fsdp", 2), ("zero_redundancy", 2), ("oss", 2))
 """Where every case is quick, the two forms in turn; elsewhere those below are, and the rest is slow."""
 
 ALWAYS = ("uneven", "frozen", "frozen_unit", "tied", "rules", "two_groups", "per_step", "spd_basic-float")
