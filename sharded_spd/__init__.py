@@ -3,10 +3,30 @@
 Each rank keeps its shard of the pre-trained anchor, and one small all-reduce settles all layers' conditions.
 """
 
-from sharded_spd.adam import AdamSPD
-from sharded_spd.api import attach
-from sharded_spd.config import SPDConfig, load_config
-from sharded_spd.projector import Projector
+from importlib import import_module
+from typing import Any
 
-__all__ = ["AdamSPD", "Projector", "SPDConfig", "attach", "load_config"]
+from sharded_spd._moved import MOVED, keep_old_names
+from sharded_spd.config import AnchorConfig, LayerConfig, SPDConfig, load_config
+from sharded_spd.optim.adam import AdamSPD
+from sharded_spd.optim.attach import attach
+from sharded_spd.projection.projector import Projector
+
+__all__ = [
+    "AdamSPD",
+    "AnchorConfig",
+    "LayerConfig",
+    "Projector",
+    "SPDConfig",
+    "attach",
+    "load_config",
+]
 __version__ = "0.1.0"
+
+keep_old_names()
+
+
+def __getattr__(name: str) -> Any:
+    if name in MOVED:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.robustness.methods import ADAMW, ALPHAS, LOW, METHODS, WISE, by_name
 from benchmarks.robustness.settings import SETTINGS
-from sharded_spd.integrations.finetune.records import plain_json
+from sharded_spd.finetune.report.records import plain_json
 
 Lines = Sequence[Mapping[str, Any]]
 ORDER = [*(m.name for m in METHODS[:2]), WISE, *(m.name for m in METHODS[2:])]

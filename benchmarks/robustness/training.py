@@ -16,21 +16,21 @@ import torch
 from benchmarks.robustness import language, variants
 from benchmarks.robustness.methods import ADAMW, ALPHAS, LR_FACTORS, LR_TIMES, WISE, by_name
 from benchmarks.robustness.settings import Setting
-from sharded_spd.anchors import interpolate
-from sharded_spd.anchors.reader import read_piece
-from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
-from sharded_spd.integrations.finetune.config import JobConfig, load_job
-from sharded_spd.integrations.finetune.job import quiet_libraries, run_job
-from sharded_spd.integrations.finetune.methods import Method
-from sharded_spd.integrations.finetune.pretrain import cached_checkpoint, make_checkpoint
-from sharded_spd.integrations.finetune.progress import Display
-from sharded_spd.integrations.finetune.records import Recorder
-from sharded_spd.integrations.finetune.resume import Progress
-from sharded_spd.integrations.finetune.score import Scorer
-from sharded_spd.integrations.finetune.tasks import make_task
-from sharded_spd.integrations.finetune.training import Trainer
-from sharded_spd.integrations.finetune.world import StopRequest, World
-from sharded_spd.layout import FlatRange
+from sharded_spd.anchors.tools import interpolate
+from sharded_spd.finetune.config import JobConfig, load_job
+from sharded_spd.finetune.report.records import Recorder
+from sharded_spd.finetune.run.job import quiet_libraries, run_job
+from sharded_spd.finetune.run.methods import Method
+from sharded_spd.finetune.run.pretrain import cached_checkpoint, make_checkpoint
+from sharded_spd.finetune.run.progress import Display
+from sharded_spd.finetune.run.resume import Progress
+from sharded_spd.finetune.run.score import Scorer
+from sharded_spd.finetune.run.training import Trainer
+from sharded_spd.finetune.tasks.checkpoint import check_checkpoint
+from sharded_spd.finetune.tasks.registry import make_task
+from sharded_spd.finetune.world import StopRequest, World
+from sharded_spd.safetensors_io.reader import read_piece
+from sharded_spd.sharding.layout import FlatRange
 
 PRETRAIN_STEPS = 600
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.rules import MAPS, SPD, Options, Rule, RuleSpec, Stats, register
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, GRAD_SQ, Block, Statistic
+from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA, GRAD_SQ, Block, Statistic
 
 UPDATE_SQ = Statistic("update_sq", lambda b: b.update * b.update)
 UPDATE_DOT_DELTA = Statistic("update_dot_delta", lambda b: b.update * b.kept_delta)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from sharded_spd.layout import ModelFacts
+from sharded_spd.sharding.layout import ModelFacts
 
 Neutral = Literal["zero", "start"]
 _LORA = re.compile(r"(?:lora_(?:embedding_)?[ABE]|lora_[ab]|lora_(?:up|down))")

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from sharded_spd.layout import ShardSlice
+from sharded_spd.sharding.layout import ShardSlice
 
 
 class Values(Protocol):

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sharded_spd.anchors.reader import load_json
 from sharded_spd.errors import AnchorError
+from sharded_spd.safetensors_io.reader import load_json
 
 _LAYER = re.compile(r"((?:.*\.)?(?:layers?|h|blocks?)\.)(\d+)\..*")
 _DEPTHS = frozenset(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from hashlib import blake2b
 
-from sharded_spd.anchors.reader import StoredTensor
 from sharded_spd.errors import AnchorError
+from sharded_spd.safetensors_io.reader import StoredTensor
 
 BLOCK_BYTES = 4096
 _BETWEEN = 2

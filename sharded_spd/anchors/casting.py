@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sharded_spd.anchors.base import AnchorStore, Cast, Values, VouchedStore
 from sharded_spd.anchors.fingerprint import SEEDS, slice_fingerprint
-from sharded_spd.anchors.reader import StoredTensor, read_piece
-from sharded_spd.layout import Box, FlatRange, ShardSlice
+from sharded_spd.safetensors_io.reader import StoredTensor, read_piece
+from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 _CHUNK = 1 << 18
 _LOSSLESS = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}

@@ -8,8 +8,8 @@ from pathlib import Path
 from sharded_spd.anchors.hub import find_local
 from sharded_spd.anchors.manifest import MANIFEST, Manifest, read_manifest
 from sharded_spd.anchors.paths import leads_out, some
-from sharded_spd.anchors.reader import StoredTensor, load_json, read_header
 from sharded_spd.errors import AnchorError
+from sharded_spd.safetensors_io.reader import StoredTensor, load_json, read_header
 
 INDEX = ".safetensors.index.json"
 

@@ -20,11 +20,11 @@ from sharded_spd.anchors.casting import may_lose, read_cast, same_values
 from sharded_spd.anchors.checkpoint import Checkpoint
 from sharded_spd.anchors.fingerprint import slice_fingerprint
 from sharded_spd.anchors.paths import some
-from sharded_spd.anchors.reader import StoredTensor, read_piece
 from sharded_spd.anchors.rows import other_rows, said, shared_part
 from sharded_spd.errors import AnchorError
-from sharded_spd.layout import ModelFacts, ShardSlice
-from sharded_spd.names import apply_rules, check_rules
+from sharded_spd.safetensors_io.reader import StoredTensor, read_piece
+from sharded_spd.sharding.layout import ModelFacts, ShardSlice
+from sharded_spd.sharding.names import apply_rules, check_rules
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUMBER = re.compile(r"\d+")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
-from sharded_spd.layout import Box, FlatRange, ShardSlice
+from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 SEEDS = (0x5350445F616E6368, 0x6F725F7368617264)
 _REST = 1 << 62

@@ -19,8 +19,8 @@ from typing import Any
 from sharded_spd.anchors.blocks import hash_blocks
 from sharded_spd.anchors.fingerprint import SEEDS, combine
 from sharded_spd.anchors.paths import leads_out, some
-from sharded_spd.anchors.reader import FLOATS, StoredTensor, load_json
 from sharded_spd.errors import AnchorError
+from sharded_spd.safetensors_io.reader import FLOATS, StoredTensor, load_json
 
 MANIFEST = "anchor.json"
 FORMAT = "sharded_spd.anchor"

@@ -20,9 +20,9 @@ from sharded_spd.anchors.base import Cast
 from sharded_spd.anchors.casting import may_lose, worst_change
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import slice_fingerprint
-from sharded_spd.anchors.reader import StoredTensor, check_piece
 from sharded_spd.errors import AnchorError
-from sharded_spd.layout import Box, FlatRange, ShardSlice
+from sharded_spd.safetensors_io.reader import StoredTensor, check_piece
+from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 Stamp = tuple[int, int, int, int]
 """Device, inode, size and time of the last change of a file."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sharded_spd.errors import AnchorError
-from sharded_spd.layout import Box, FlatRange, ShardSlice
+from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 
 class ZeroAnchor:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sharded_spd.errors import AnchorError
-from sharded_spd.layout import ModelFacts
-from sharded_spd.names import apply_rules, match_names, shown_rule
+from sharded_spd.sharding.layout import ModelFacts
+from sharded_spd.sharding.names import apply_rules, match_names, shown_rule
 
 _PARAMETRIZED = re.compile(r"(?P<path>.*?)parametrizations\.(?P<name>[^.]+)\.(?P<part>original[01]?)")
 _OLD_PARTS = {"original0": "_g", "original1": "_v", "original": "_orig"}

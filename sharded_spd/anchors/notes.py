@@ -10,7 +10,7 @@ from sharded_spd.anchors.base import AnchorStore
 from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.memory import ZeroAnchor
 from sharded_spd.anchors.paths import some
-from sharded_spd.layout import ModelFacts
+from sharded_spd.sharding.layout import ModelFacts
 
 Anchors = Mapping[str, AnchorStore | Literal["snapshot"]]
 

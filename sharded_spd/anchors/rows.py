@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
-from sharded_spd.layout import Box, FlatRange, ModelFacts, ShardSlice
+from sharded_spd.sharding.layout import Box, FlatRange, ModelFacts, ShardSlice
 
 _TABLE = re.compile(
     r"(?:.*[._])?(?:\w*embed(?:ding)?s?|embed_\w+|\w+_embeddings?|wte|wpe|shared|lm_head|embed_out|output_layer)"

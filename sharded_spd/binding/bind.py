@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_spd.agree import agree, union
 from sharded_spd.anchors.base import AnchorStore, Values
 from sharded_spd.anchors.casting import cast_of, is_away
 from sharded_spd.anchors.files import FileAnchor
@@ -17,6 +16,7 @@ from sharded_spd.anchors.fingerprint import SEEDS, slice_fingerprint
 from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.anchors.notes import about_products, kept_at_start, notes
 from sharded_spd.anchors.paths import some
+from sharded_spd.binding.guard import Found
 from sharded_spd.binding.records import (
     Binding,
     HeldAnchor,
@@ -29,9 +29,10 @@ from sharded_spd.binding.records import (
     same_part,
 )
 from sharded_spd.errors import AnchorError
-from sharded_spd.guard import Found
-from sharded_spd.layout import BoundShard, ShardLayout, ShardSlice
-from sharded_spd.stats import CHUNK, fixed_sum, sum_over_scopes_
+from sharded_spd.rules.statistics import CHUNK, fixed_sum
+from sharded_spd.sharding.collectives import agree, union
+from sharded_spd.sharding.layout import BoundShard, ShardLayout, ShardSlice
+from sharded_spd.sharding.reductions import sum_over_scopes_
 
 
 def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], found: Found) -> None:

@@ -16,10 +16,10 @@ from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import combine, slice_fingerprint
 from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.anchors.memory import take_region
+from sharded_spd.binding.guard import Found, Unverified
 from sharded_spd.errors import AnchorError
-from sharded_spd.guard import Found, Unverified
-from sharded_spd.layout import ShardLayout, ShardSlice
 from sharded_spd.rules import Rule
+from sharded_spd.sharding.layout import ShardLayout, ShardSlice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from sharded_spd.checkpoint.ranks import Ranks
 from sharded_spd.checkpoint.rng import rng_state
 from sharded_spd.checkpoint.storage import METADATA, read_metadata
 from sharded_spd.errors import CheckpointError, UnsupportedError
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
 
 
 def live_of(model: Module, optimizer: Any, projector: Projector | None, scheduler: Any, ranks: Ranks) -> Live:

@@ -11,7 +11,7 @@ import torch
 
 from sharded_spd.checkpoint.ranks import Ranks, everyone
 from sharded_spd.errors import CheckpointError, ConfigError
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
 
 KEY = "sharded_spd"
 """Where the projector's state stands in DeepSpeed's `client_state`."""

@@ -27,7 +27,7 @@ from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.live import quiet
 from sharded_spd.checkpoint.ranks import Ranks, everyone, groups_of
 from sharded_spd.errors import CheckpointError
-from sharded_spd.tensorfile import Entry, TensorFile
+from sharded_spd.safetensors_io.writer import Entry, TensorFile
 
 
 @dataclass(frozen=True, slots=True)

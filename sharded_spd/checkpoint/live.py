@@ -26,8 +26,8 @@ from sharded_spd.checkpoint.codec import key_of, merge
 from sharded_spd.checkpoint.deepspeed import is_engine
 from sharded_spd.checkpoint.ranks import Ranks
 from sharded_spd.errors import AnchorError, CheckpointError
-from sharded_spd.names import clean_fqns
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
+from sharded_spd.sharding.names import clean_fqns
 
 RNG = "rng"
 STATE = "optimizer/state/"

@@ -30,7 +30,7 @@ from sharded_spd.checkpoint.ranks import Ranks
 from sharded_spd.checkpoint.rng import set_rng_state
 from sharded_spd.checkpoint.storage import METADATA, Reader, StagedPlanner, Writer, check_folder
 from sharded_spd.errors import CheckpointError, UnsupportedError
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_spd import errors
-from sharded_spd.agree import agree, flood
 from sharded_spd.errors import CheckpointError
+from sharded_spd.sharding.collectives import agree, flood
 
 T = TypeVar("T")
 _KINDS = (

@@ -38,7 +38,7 @@ from sharded_spd.checkpoint.folder import (
     write_json,
 )
 from sharded_spd.errors import CheckpointError
-from sharded_spd.tensorfile import DTYPES, Entry, TensorFile
+from sharded_spd.safetensors_io.writer import DTYPES, Entry, TensorFile
 
 METADATA = "metadata.json"
 _FILE = re.compile(r"rank\d{5}\.safetensors")

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sharded_spd.anchors import build as work
 from sharded_spd.anchors.checkpoint import Checkpoint
 from sharded_spd.anchors.manifest import MANIFEST, Manifest
 from sharded_spd.anchors.paths import some
+from sharded_spd.anchors.tools import build as work
 from sharded_spd.cli.names import show_names
 from sharded_spd.cli.progress import showing
 from sharded_spd.errors import ConfigError

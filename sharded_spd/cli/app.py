@@ -14,9 +14,9 @@ import typer
 from sharded_spd.cli.anchor import anchor_app
 from sharded_spd.cli.interpolate import interpolate
 from sharded_spd.errors import AnchorError, BindingError, CheckpointError, ConfigError, UnsupportedError
-from sharded_spd.integrations.finetune.config import JobConfig, load_job
-from sharded_spd.integrations.finetune.launch import follow_supervisor, supervise
-from sharded_spd.integrations.finetune.world import RankLost, has_joined, started_as_rank
+from sharded_spd.finetune.config import JobConfig, load_job
+from sharded_spd.finetune.run.launch import follow_supervisor, supervise
+from sharded_spd.finetune.world import RankLost, has_joined, started_as_rank
 
 USER_ERRORS = (ConfigError, AnchorError, BindingError, UnsupportedError)
 FAILURES = (CheckpointError, RankLost)
@@ -74,7 +74,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="The output folder of a run, finished or broken off.")],
 ) -> None:
     """Write report.html of a run into its folder, from metrics.jsonl."""
-    from sharded_spd.integrations.finetune.page import write_report
+    from sharded_spd.finetune.report.page import write_report
 
     try:
         print(write_report(run))
@@ -97,8 +97,8 @@ def quickstart_recipe() -> Path:
 
 def _describe(job: JobConfig) -> None:
     """Print what the job would do; where a launcher has started several ranks, the first one does."""
-    from sharded_spd.integrations.finetune.dryrun import dry_run
-    from sharded_spd.integrations.finetune.job import check_job, quiet_libraries
+    from sharded_spd.finetune.run.dryrun import dry_run
+    from sharded_spd.finetune.run.job import check_job, quiet_libraries
 
     quiet_libraries()
     check_job(job)
@@ -108,7 +108,7 @@ def _describe(job: JobConfig) -> None:
 
 def _start(job: JobConfig, arguments: Sequence[str], resume: str | None) -> int:
     """Be a rank of the job if a launcher says so, its only rank, or the one that starts the ranks."""
-    from sharded_spd.integrations.finetune.job import check_job, run_job
+    from sharded_spd.finetune.run.job import check_job, run_job
 
     if started_as_rank() or job.ranks == 1:
         return run_job(job, resume)
@@ -122,7 +122,7 @@ def _leave(code: int) -> None:
     There gloo's threads have been seen to abort a job that was done and saved. A tracker that does not answer
     may keep it from ending, too.
     """
-    from sharded_spd.integrations.finetune.tracking import left_behind
+    from sharded_spd.finetune.report.tracking import left_behind
 
     sys.stdout.flush()
     sys.stderr.flush()

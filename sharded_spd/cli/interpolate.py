@@ -17,17 +17,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sharded_spd.anchors import interpolate as work
-from sharded_spd.anchors.alphas import folder_of, parse_alphas
-from sharded_spd.anchors.lineage import is_same
 from sharded_spd.anchors.paths import some
+from sharded_spd.anchors.tools import interpolate as work
+from sharded_spd.anchors.tools.alphas import folder_of, parse_alphas
+from sharded_spd.anchors.tools.lineage import is_same
 from sharded_spd.cli.progress import showing
 from sharded_spd.errors import ConfigError
-from sharded_spd.integrations.finetune.config import load_job
+from sharded_spd.finetune.config import load_job
 
 if TYPE_CHECKING:
-    from sharded_spd.integrations.finetune.metrics import Metric, UserMetric
-    from sharded_spd.integrations.finetune.score_file import Scored
+    from sharded_spd.finetune.metrics import Metric, UserMetric
+    from sharded_spd.finetune.report.score_file import Scored
 
 _PATH = "a safetensors file, an index, a directory, or a name in the hub's local cache"
 _ALPHA = (
@@ -115,10 +115,10 @@ def _write(plan: work.Plan, output: Path, alpha: float) -> Path:
 def _score_all(
     plan: work.Plan, output: Path, alphas: Sequence[float], job: Path, settings: Sequence[str], *, stay: bool
 ) -> None:
-    from sharded_spd.integrations.finetune.job import quiet_libraries
-    from sharded_spd.integrations.finetune.resume import FREE
-    from sharded_spd.integrations.finetune.score import Scorer
-    from sharded_spd.integrations.finetune.score_file import Scored, ScoreFile
+    from sharded_spd.finetune.report.score_file import Scored, ScoreFile
+    from sharded_spd.finetune.run.job import quiet_libraries
+    from sharded_spd.finetune.run.resume import FREE
+    from sharded_spd.finetune.run.score import Scorer
 
     quiet_libraries()
     config = load_job(job, settings)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sharded_spd.anchors.scan import Progress as Report
+from sharded_spd.anchors.tools.scan import Progress as Report
 
 
 @contextmanager

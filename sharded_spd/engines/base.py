@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sharded_spd.layout import BoundShard, ShardLayout
+from sharded_spd.sharding.layout import BoundShard, ShardLayout
 
 
 class EngineAdapter(Protocol):

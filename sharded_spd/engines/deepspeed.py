@@ -25,8 +25,8 @@ from sharded_spd.engines.zero_layout import Flat, holds_exactly, read_flats
 from sharded_spd.engines.zero_refusals import check_engine
 from sharded_spd.engines.zero_resume import GroupMarks
 from sharded_spd.errors import BindingError
-from sharded_spd.layout import BoundShard, Scope, ShardLayout, ShardSlice
-from sharded_spd.names import clean_fqns
+from sharded_spd.sharding.layout import BoundShard, Scope, ShardLayout, ShardSlice
+from sharded_spd.sharding.names import clean_fqns
 
 _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.errors import UnsupportedError
-from sharded_spd.layout import Box, FlatRange, ShardSlice
+from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

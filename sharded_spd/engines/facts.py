@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Module
 
 from sharded_spd.engines.loader import find_loader
-from sharded_spd.layout import ModelFacts
-from sharded_spd.names import clean_fqn
+from sharded_spd.sharding.layout import ModelFacts
+from sharded_spd.sharding.names import clean_fqn
 
 _INITS = ("init_lora_weights", "init_weights")
 

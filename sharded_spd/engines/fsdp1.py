@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from sharded_spd.engines.parts import Part, chunk, tile
 from sharded_spd.errors import UnsupportedError
-from sharded_spd.layout import FlatRange, ShardSlice
+from sharded_spd.sharding.layout import FlatRange, ShardSlice
 
 
 def fsdp1_parts(model: Module) -> Iterator[tuple[Tensor, Part]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from sharded_spd.layout import Loader
+from sharded_spd.sharding.layout import Loader
 
 _INNER = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
 

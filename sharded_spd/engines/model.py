@@ -17,8 +17,8 @@ from sharded_spd.engines.fairscale import fairscale_parts, fairscale_units
 from sharded_spd.engines.fsdp1 import fsdp1_parts, fsdp1_ties, fsdp1_units
 from sharded_spd.engines.instances import instances_of
 from sharded_spd.engines.parts import Part
-from sharded_spd.layout import ModelFacts
-from sharded_spd.names import clean_fqn, clean_fqns
+from sharded_spd.sharding.layout import ModelFacts
+from sharded_spd.sharding.names import clean_fqn, clean_fqns
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sharded_spd.engines.base import made_up_name
 from sharded_spd.engines.parts import Part
 from sharded_spd.errors import BindingError, UnsupportedError
-from sharded_spd.layout import BoundShard
+from sharded_spd.sharding.layout import BoundShard
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sharded_spd.engines.base import made_up_name
 from sharded_spd.errors import UnsupportedError
-from sharded_spd.names import clean_fqns
+from sharded_spd.sharding.names import clean_fqns
 
 
 def share_of(target: Any) -> tuple[Optimizer, ProcessGroup] | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sharded_spd.layout import FlatRange, ShardSlice
-from sharded_spd.stats import all_reduce_
+from sharded_spd.sharding.layout import FlatRange, ShardSlice
+from sharded_spd.sharding.reductions import all_reduce_
 
 
 @dataclass(frozen=True, slots=True)

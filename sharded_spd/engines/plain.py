@@ -48,8 +48,8 @@ from sharded_spd.engines.process_groups import known_groups, scopes_of
 from sharded_spd.engines.replaced import ModelWatch, check_replaced
 from sharded_spd.engines.stages import is_stage
 from sharded_spd.errors import BindingError, UnsupportedError
-from sharded_spd.layout import BoundShard, ShardLayout, ShardSlice
-from sharded_spd.names import clean_fqns
+from sharded_spd.sharding.layout import BoundShard, ShardLayout, ShardSlice
+from sharded_spd.sharding.names import clean_fqns
 
 
 @dataclass(slots=True)

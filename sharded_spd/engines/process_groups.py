@@ -13,7 +13,7 @@ from torch.nn import Module
 from sharded_spd.engines.dtensor import mesh_groups
 from sharded_spd.engines.model import wrapper_groups
 from sharded_spd.engines.parts import Part
-from sharded_spd.layout import Scope, ShardSlice
+from sharded_spd.sharding.layout import Scope, ShardSlice
 
 
 def known_groups(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from sharded_spd.engines.model import ModelView, view_model
 from sharded_spd.engines.parts import Part
 from sharded_spd.errors import BindingError
-from sharded_spd.layout import BoundShard
+from sharded_spd.sharding.layout import BoundShard
 
 
 class ModelWatch:

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from sharded_spd.engines.parts import overlap
 from sharded_spd.errors import UnsupportedError
-from sharded_spd.layout import FlatRange, ShardSlice
+from sharded_spd.sharding.layout import FlatRange, ShardSlice
 
 SUPPORTED = "0.16.9 to 0.19"
 _CHUNK = 2**22

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, Statistic
+from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA, Statistic
 
 FORMED: dict[Statistic, int] = {GRAD_DOT_DELTA: 0, DELTA_SQ: 1}
 """The statistics that kernels form, and where in a row of theirs."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.kernels.base import Backend, Moments, Slice, Table
-from sharded_spd.stats import CHUNK
+from sharded_spd.rules.statistics import CHUNK
 
 
 class ChunkedKernels:

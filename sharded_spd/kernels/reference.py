@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharded_spd.anchors.base import Values
 from sharded_spd.kernels.base import Moments, Slice, Table
-from sharded_spd.stats import CHUNK, DELTA_SQ, GRAD_DOT_DELTA, Block, Statistic, layer_sums
+from sharded_spd.rules.statistics import CHUNK, DELTA_SQ, GRAD_DOT_DELTA, Block, Statistic, layer_sums
 
 
 class ReferenceKernels:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sharded_spd.stats import Block, Statistic
+from sharded_spd.rules.statistics import Block, Statistic
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.rules.base import Rule, RuleSpec
-from sharded_spd.stats import Block
+from sharded_spd.rules.statistics import Block
 
 
 @dataclass(frozen=True, slots=True)

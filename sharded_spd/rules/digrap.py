@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_spd.rules import hyper
 from sharded_spd.rules.base import Options, RowValues, Rule, RuleSpec, Stats
 from sharded_spd.rules.check import check_range
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, GRAD_DOT_PREVIOUS, GRAD_SQ, Block
+from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA, GRAD_DOT_PREVIOUS, GRAD_SQ, Block
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_spd.rules import hyper
 from sharded_spd.rules.base import LayerInfo, Options, RowValues, Rule, RuleSpec, Stats
 from sharded_spd.rules.check import check_range
-from sharded_spd.stats import GRAD_DOT_PREVIOUS, ROW_L1, Block
+from sharded_spd.rules.statistics import GRAD_DOT_PREVIOUS, ROW_L1, Block
 
 _TINY = 1e-8
 """The first radius, its lower limit, and what is added to a row's norm."""

@@ -15,7 +15,7 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.rules.base import LayerInfo, Options, RuleSpec, Stats
 from sharded_spd.rules.check import check_range
 from sharded_spd.rules.spd import SPD
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA
+from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharded_spd.rules.base import Options, Rule, RuleSpec, Stats
 from sharded_spd.rules.check import check_range
-from sharded_spd.stats import ROW_L1
+from sharded_spd.rules.statistics import ROW_L1
 
 
 @dataclass(frozen=True, slots=True)

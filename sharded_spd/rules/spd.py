@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.rules.base import Options, Rule, RuleSpec, Stats
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA
+from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from benchmarks.robustness.search import defaults
 from benchmarks.robustness.settings import SETTINGS, smoke
 from benchmarks.robustness.summary import summarise
 from benchmarks.robustness.training import Task, _settled, scratch, settings_of, weights_of
-from sharded_spd.integrations.finetune.config import load_job
+from sharded_spd.finetune.config import load_job
 
 ROOT = Path(__file__).resolve().parents[2]
 

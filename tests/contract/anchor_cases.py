@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sharded_spd import SPDConfig, attach
 from sharded_spd.anchors.blocks import block_spans
-from sharded_spd.anchors.build import add_manifest
 from sharded_spd.anchors.manifest import MANIFEST, Manifest
-from sharded_spd.anchors.reader import read_header
+from sharded_spd.anchors.tools.build import add_manifest
 from sharded_spd.config import AnchorConfig, LayerConfig
 from sharded_spd.errors import AnchorError
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
+from sharded_spd.safetensors_io.reader import read_header
 from tests.parity.cases import SPD, gradients, tensors
 from tests.support.engines import Engine
 from tests.support.models import Probe

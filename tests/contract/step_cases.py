@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
-from sharded_spd import AdamSPD, SPDConfig, attach, verdict
+from sharded_spd import AdamSPD, SPDConfig, attach
 from sharded_spd.errors import BindingError, ConfigError
 from sharded_spd.kernels.choose import kernels_for
 from sharded_spd.kernels.compile import load_library
 from sharded_spd.kernels.switch import SWITCH
+from sharded_spd.projection import verdict
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
 from tests.support.compare import assert_float64_parity

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 
 from sharded_spd import load_config
 from sharded_spd.anchors import FileAnchor
-from sharded_spd.anchors.build import add_manifest, verify
+from sharded_spd.anchors.tools.build import add_manifest, verify
 from sharded_spd.checkpoint import Checkpoints
 from sharded_spd.errors import AnchorError, BindingError, CheckpointError, ConfigError, UnsupportedError
-from sharded_spd.integrations.finetune.config import load_job
-from sharded_spd.layout import FlatRange, ShardSlice
+from sharded_spd.finetune.config import load_job
+from sharded_spd.sharding.layout import FlatRange, ShardSlice
 from tests.fuzz.mutate import damage_bytes, damage_value, to_json
 
 OWN_ERRORS = (AnchorError, BindingError, CheckpointError, ConfigError, UnsupportedError)

@@ -145,7 +145,7 @@ def test_prefetched_anchors(tmp_path: Path, rule: str, stored: torch.dtype) -> N
 
 def test_prefetch_overlaps_on_a_busy_device() -> None:
     """Buffers are used again and again while the device is far behind the host: nothing is overwritten."""
-    from sharded_spd.prefetch import ahead
+    from sharded_spd.projection.prefetch import ahead
 
     count = 1 << 23
     host = [torch.full((count,), float(i)).pin_memory() for i in range(8)]

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from sharded_spd.errors import ConfigError
-from sharded_spd.integrations.finetune.config import load_job
-from sharded_spd.integrations.finetune.job import _Job, check_job, quiet_libraries
-from sharded_spd.integrations.finetune.world import StopRequest, join_world
+from sharded_spd.finetune.config import load_job
+from sharded_spd.finetune.run.job import _Job, check_job, quiet_libraries
+from sharded_spd.finetune.world import StopRequest, join_world
 
 
 def main() -> None:

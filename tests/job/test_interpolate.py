@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sharded_spd.cli.app import app
 from sharded_spd.errors import AnchorError, ConfigError
-from sharded_spd.integrations.finetune.score import Scorer
+from sharded_spd.finetune.run.score import Scorer
 from tests.job.commands import finished, results
 from tests.job.conftest import save_tiny_model
 

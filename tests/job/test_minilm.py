@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from sharded_spd.integrations.finetune.checkpoint import check_checkpoint
-from sharded_spd.integrations.finetune.docstring_source import DocstringOptions, deal, pairs
+from sharded_spd.finetune.data.docstring_source import DocstringOptions, deal, pairs
+from sharded_spd.finetune.tasks.checkpoint import check_checkpoint
 from tests.job.commands import ROOT, finished, metrics, results
 from tests.job.models import save_bert
 from tests.job.test_causal_lm import engine_setting, in_this_process

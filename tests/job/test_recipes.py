@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from sharded_spd.integrations.finetune.config import load_job
+from sharded_spd.finetune.config import load_job
 from tests.job.commands import ROOT, finished, metrics, results
 
 SHORT = [

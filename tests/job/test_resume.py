@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sharded_spd.integrations.finetune.history import read_history
+from sharded_spd.finetune.report.history import read_history
 from tests.job.commands import COMMAND, SECONDS, environment, metrics
 from tests.job.test_stopping import processes_of, wait_for
 

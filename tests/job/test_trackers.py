@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from sharded_spd.cli.app import app
 from sharded_spd.errors import ConfigError
-from sharded_spd.integrations.finetune import trackers, tracking
-from sharded_spd.integrations.finetune.config import JobConfig, NamedBlock
-from sharded_spd.integrations.finetune.history import read_history
-from sharded_spd.integrations.finetune.page import write_report
-from sharded_spd.integrations.finetune.records import Recorder
-from sharded_spd.integrations.finetune.tracking import Tracking, left_behind
+from sharded_spd.finetune.config import JSONL, TRACKERS, JobConfig, NamedBlock
+from sharded_spd.finetune.report import trackers, tracking
+from sharded_spd.finetune.report.history import read_history
+from sharded_spd.finetune.report.page import write_report
+from sharded_spd.finetune.report.records import Recorder
+from sharded_spd.finetune.report.tracking import Tracking, left_behind
 from tests.job.commands import finetune, finished
 
 TAGS = {"purpose": "compare", "method": "spd", "weight_decay": 2.0, "seed": 0}
@@ -63,6 +63,10 @@ def run_and_resume(directory: Path, name: str) -> None:
 
 
 LOSSES = [1.0, 1 / 2, 1 / 3, 100 / 4, 100 / 5, 100 / 6]
+
+
+def test_a_job_may_name_every_tracker_there_is() -> None:
+    assert TRACKERS == (JSONL, *trackers.TRACKERS)
 
 
 def test_tensorboard_reads_what_was_written_and_a_resumed_run_replaces_steps(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sharded_spd.anchors.files import FileAnchor
-from sharded_spd.layout import Box, FlatRange, ShardSlice
+from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 MIB = 1 << 20
 SHAPES = {

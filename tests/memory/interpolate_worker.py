@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sharded_spd.anchors.interpolate import between, plan, write
+from sharded_spd.anchors.tools.interpolate import between, plan, write
 from tests.memory.anchor_worker import memory
 
 if __name__ == "__main__":

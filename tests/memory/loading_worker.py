@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from sharded_spd.integrations.finetune.config import load_job
-from sharded_spd.integrations.finetune.engines import engine_factory
-from sharded_spd.integrations.finetune.live import loads_shards
-from sharded_spd.integrations.finetune.loading import Weights
-from sharded_spd.integrations.finetune.tasks import make_task
-from sharded_spd.integrations.finetune.world import join_world
+from sharded_spd.finetune.config import load_job
+from sharded_spd.finetune.engines.registry import engine_factory
+from sharded_spd.finetune.run.live import loads_shards
+from sharded_spd.finetune.tasks.loading import Weights
+from sharded_spd.finetune.tasks.registry import make_task
+from sharded_spd.finetune.world import join_world
 
 
 def status(key: str) -> int:

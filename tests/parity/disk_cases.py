@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard
 
 from sharded_spd.anchors import MappedAnchor, MappedValues
 from sharded_spd.config import AnchorConfig
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
 from tests.parity.cases import RULES, SHAPES, SPD, gradients, tensors
 from tests.parity.zero_cases import drawn, rounded
 from tests.support.compare import assert_bits_equal

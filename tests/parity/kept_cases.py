@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_spd.rules import Options, Rule, RuleSpec, Stats
-from sharded_spd.stats import DELTA_SQ, UPDATE_GAIN, Block
+from sharded_spd.rules.statistics import DELTA_SQ, UPDATE_GAIN, Block
 from tests.parity.cases import gradients, step, tensors
 from tests.reference.oracle import LayerOptions
 from tests.support.compare import assert_float64_parity

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from sharded_spd import SPDConfig, attach
 from sharded_spd.anchors import AnchorStore
-from sharded_spd.anchors.build import add_manifest
-from sharded_spd.anchors.reader import read_header
+from sharded_spd.anchors.tools.build import add_manifest
 from sharded_spd.config import AnchorConfig
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
+from sharded_spd.safetensors_io.reader import read_header
 from tests.support.local import LAMBDA, LR
 from tests.support.models import Probe
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_spd import errors
-from sharded_spd.layout import ShardSlice
 from sharded_spd.rules import LayerInfo, Options, Rule, RuleSpec, Stats
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, Block, Statistic
+from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA, Block, Statistic
+from sharded_spd.sharding.layout import ShardSlice
 from tests.support.engines import Engine
 
 LIMIT = 6.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_spd.rules import Options, Rule, RuleSpec, Stats
 from sharded_spd.rules.base import RowValues
-from sharded_spd.stats import DELTA_SQ, GRAD_DOT_DELTA, ROW_L1, Block, Statistic
+from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA, ROW_L1, Block, Statistic
 from tests.reference.oracle import LayerStats, Oracle
 
 GRAD_DOT_PREVIOUS = Statistic("grad_dot_previous", lambda b: b.grad * b.state["previous"], per="row")

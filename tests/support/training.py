@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sharded_spd import AdamSPD, SPDConfig, attach
 from sharded_spd.config import AnchorConfig, LayerConfig
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
 from tests.reference.oracle import LayerOptions
 from tests.support.engines import Engine
 from tests.support.models import Probe

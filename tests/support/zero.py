@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach
-from sharded_spd.projector import Projector
+from sharded_spd.projection.projector import Projector
 from tests.reference.oracle import LayerOptions
 from tests.support.models import Probe
 from tests.support.training import adam_spd_groups

@@ -1,0 +1,1 @@
+"""What commands do with anchors: build, scan, interpolate."""

@@ -1,0 +1,1 @@
+"""What a job trains and is scored on."""

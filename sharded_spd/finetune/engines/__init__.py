@@ -1,0 +1,1 @@
+"""How a job's model is spread over the ranks."""

@@ -1,0 +1,1 @@
+"""A job from end to end."""

@@ -1,0 +1,1 @@
+"""What a job learns: its model and its scores."""

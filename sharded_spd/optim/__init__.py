@@ -1,0 +1,1 @@
+"""What users construct: AdamSPD, and attach for any other optimizer."""

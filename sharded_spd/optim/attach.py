@@ -1,0 +1,260 @@
+"""attach: the projection around any optimizer, through torch's own step hooks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from torch._compile import _disable_dynamo
+from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from sharded_spd.config import SPDConfig, load_config
+from sharded_spd.config.resolve import ConfigResolver
+from sharded_spd.engines.base import EngineAdapter
+from sharded_spd.engines.deepspeed import (
+    data_parallel_group,
+    deepspeed_adapter,
+    is_deepspeed_engine,
+    json_block,
+)
+from sharded_spd.engines.model import replicas_of
+from sharded_spd.engines.partitioned import ranks_of, share_of
+from sharded_spd.engines.plain import ParameterAdapter
+from sharded_spd.engines.process_groups import known_groups
+from sharded_spd.errors import ConfigError, UnsupportedError
+from sharded_spd.optim.adam import AdamSPD
+from sharded_spd.optim.copies import watch_copies
+from sharded_spd.projection.projector import Projector
+from sharded_spd.sharding.collectives import agree
+
+_ATTACHED: WeakKeyDictionary[Optimizer, ref[Projector]] = WeakKeyDictionary()
+
+
+def attach(
+    target: Optimizer | Sequence[Optimizer] | Any,
+    model: Module | None = None,
+    config: SPDConfig | None = None,
+) -> Projector:
+    """Project the layers that `target` steps toward their anchors, whatever optimizer it is.
+
+    Works through the step hooks of `torch.optim.Optimizer`; the optimizer's type and state are left alone. A
+    closure is wrapped: the statistics are taken when it returns. A step that calls the step of its base class
+    is one step. A copy or a pickle of the optimizer is plain, and warns at its first step.
+
+    Args:
+        target: an optimizer, a sequence of optimizers over one model, a wrapper around one (accelerate,
+            Lightning, ZeroRedundancyOptimizer, fairscale's OSS), or a DeepSpeed engine, after
+            `deepspeed.initialize` and before `load_checkpoint`.
+        model: gives the parameters their names, which patterns and checkpoints need; an engine knows them.
+        config: the settings; by default the block "sharded_spd" of an engine's JSON, else SPD with lambda 1
+            and a snapshot of the weights as they are now.
+
+    Returns:
+        The projector; `detach()` takes it off again.
+
+    Raises:
+        ValueError: for a configuration or an anchor that does not fit the model.
+        TypeError: for a target that is no optimizer, or one that projects already.
+    """
+    if is_deepspeed_engine(target):
+        return _attach_engine(target, config)
+    targets = list(target) if isinstance(target, Sequence) else [target]
+
+    def prepare() -> tuple[EngineAdapter, SPDConfig, ConfigResolver]:
+        if model is not None and not isinstance(model, Module):
+            raise UnsupportedError(
+                f"got model={type(model).__name__}; wanted a torch.nn.Module: settings go by name, config=..."
+            )
+        own = SPDConfig() if config is None else config
+        return _adapter_of(targets, model), own, ConfigResolver(own)
+
+    return _attach(*agree(prepare, _ranks_of(targets, model)))
+
+
+def _ranks_of(targets: Sequence[Any], model: Any) -> Sequence[ProcessGroup]:
+    """Which ranks attach together, told before anything can be wrong on one of them."""
+    seen = [found for target in targets if isinstance(found := _innermost(target), Optimizer)]
+    params = [p for optimizer in seen for group in optimizer.param_groups for p in group["params"]]
+    others = [*map(ranks_of, seen), replicas_of(params)]
+    return known_groups(params, model if isinstance(model, Module) else None, others)
+
+
+def _adapter_of(targets: Sequence[Any], model: Module | None) -> EngineAdapter:
+    found = [_unwrap(target) for target in targets]
+    if not found:
+        raise UnsupportedError("got an empty sequence of optimizers; wanted at least one")
+    optimizers = [optimizer for optimizer, _, _ in found]
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdamSPD):
+            raise UnsupportedError(
+                "AdamSPD projects by itself; attach to another optimizer, or use AdamSPD alone"
+            )
+    groups = [group for _, _, group in found if group is not None]
+    if len({group.group_name for group in groups}) > 1:
+        raise UnsupportedError(
+            "got optimizers that share their parameters out over different process groups; wanted one group"
+        )
+    wholes = [whole for _, whole, _ in found] if groups else []
+    return ParameterAdapter(optimizers, model, wholes=wholes, everywhere=groups[0] if groups else None)
+
+
+def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver) -> Projector:
+    projector = Projector(
+        adapter,
+        resolver,
+        deferred=config.anchor.source == "deferred"
+        or any(_deferred(layer.anchor) for layer in config.layers),
+        together=config.defer,
+        telemetry_every=config.telemetry.every,
+        telemetry_path=config.telemetry.path,
+        foreign=True,
+    )
+    for optimizer in adapter.optimizers:
+        _ATTACHED[optimizer] = ref(projector)
+        pre, post = _hooks(projector)
+        projector.add_hooks(
+            [
+                optimizer.register_step_pre_hook(pre),
+                optimizer.register_step_post_hook(post),
+                watch_copies(optimizer),
+            ]
+        )
+    return projector
+
+
+def _attach_engine(engine: Any, config: SPDConfig | None) -> Projector:
+    """To a DeepSpeed engine; its JSON may hold the settings."""
+
+    def prepare() -> tuple[EngineAdapter, SPDConfig, ConfigResolver]:
+        block, own = json_block(engine), config
+        if own is None:
+            own = SPDConfig() if block is None else load_config(block)
+        elif block is not None and load_config(block) != own:
+            raise ConfigError(
+                'got settings both as config= and as the block "sharded_spd" of the DeepSpeed JSON, and they '
+                "differ; wanted them in one place"
+            )
+        adapter = deepspeed_adapter(engine, defer=own.defer)
+        for optimizer in adapter.optimizers:
+            if isinstance(optimizer, AdamSPD):
+                if own != SPDConfig(defer=own.defer):
+                    raise ConfigError(
+                        "got AdamSPD as the engine's optimizer and settings to attach with; wanted them as "
+                        "AdamSPD's own arguments and groups, and attach(engine) alone"
+                    )
+            else:
+                _check_free(optimizer)
+        return adapter, own, ConfigResolver(own)
+
+    whole = data_parallel_group(engine)
+    adapter, own, resolver = agree(prepare, [] if whole is None else [whole])
+    optimizer = adapter.optimizers[0]
+    if isinstance(optimizer, AdamSPD):
+        return optimizer.move_to(adapter, together=own.defer)
+    return _attach(adapter, own, resolver)
+
+
+def _deferred(anchor: Any) -> bool:
+    return anchor is not None and anchor.source == "deferred"
+
+
+def _innermost(target: Any) -> Any:
+    seen = target
+    while isinstance(getattr(seen, "optimizer", None), Optimizer):
+        seen = seen.optimizer
+    return seen
+
+
+def _unwrap(target: Any) -> tuple[Optimizer, Optimizer, ProcessGroup | None]:
+    """The optimizer that steps, what shares its parameters out over the ranks (else itself), and these."""
+    seen = _innermost(target)
+    if not isinstance(seen, Optimizer):
+        raise UnsupportedError(
+            f"got {type(target).__name__} to attach to; wanted a torch.optim.Optimizer or several, or a "
+            "DeepSpeed engine (not the optimizer that deepspeed.initialize gives)"
+        )
+    inner, group = share_of(seen) or (seen, None)
+    _check_free(inner)
+    _check_no_flat(seen)
+    return inner, seen, group
+
+
+def _check_free(optimizer: Optimizer) -> None:
+    other = _ATTACHED.get(optimizer, lambda: None)()
+    if other is not None and other.attached:
+        raise UnsupportedError(
+            f"this {type(optimizer).__name__} is attached to already; detach() its projector first"
+        )
+
+
+def _check_no_flat(optimizer: Optimizer) -> None:
+    """DeepSpeed's flats are no parameters: taken for layers, they would be pulled as one."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = any(p.ndim == 1 and not isinstance(p, Parameter) for p in params)
+    if "deepspeed" in sys.modules and (flat or not params):
+        raise UnsupportedError(
+            f"this {type(optimizer).__name__} holds no parameters of a model, as one inside of a DeepSpeed "
+            "engine; wanted the engine: attach(engine)"
+        )
+
+
+_HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
+"""What calls a step and its hooks: one for each class whose step calls that of its base class."""
+
+
+def _inside_another(optimizer: Optimizer) -> bool:
+    """Whether a hook was called by a step that a step of the same optimizer has called."""
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None and found < 2:
+        found += frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found == 2
+
+
+def _hooks(projector: Projector) -> tuple[Callable[..., Any], Callable[..., None]]:
+    @_disable_dynamo
+    def pre(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _inside_another(optimizer):
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            projector.before_step(optimizer)
+            return None
+        wrapped = _wrap(closure, projector, optimizer)
+        return (args[0], wrapped, *args[2:]) if len(args) > 1 else args, (
+            kwargs if len(args) > 1 else {**kwargs, "closure": wrapped}
+        )
+
+    @_disable_dynamo
+    def post(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _inside_another(optimizer):
+            projector.after_step(optimizer)
+
+    return pre, post
+
+
+def _wrap(closure: Callable[[], Any], projector: Projector, optimizer: Optimizer) -> Callable[[], Any]:
+    calls = 0
+
+    def wrapped() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} evaluated its closure more than once in one step; the "
+                "projection needs one gradient per step: use an optimizer that evaluates it once"
+            )
+        try:
+            loss = closure()
+        except Exception as error:
+            projector.break_off(optimizer, error)
+        projector.before_step(optimizer)
+        return loss
+
+    return wrapped

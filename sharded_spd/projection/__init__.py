@@ -1,0 +1,1 @@
+"""One step, from the gradient to the pulled weight."""

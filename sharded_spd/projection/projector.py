@@ -1,0 +1,361 @@
+"""The projector: what stands between an engine's optimizer step and the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from sharded_spd.anchors.fingerprint import combine, combine_nameless
+from sharded_spd.binding import vouch
+from sharded_spd.binding import warnings as warn
+from sharded_spd.binding.bind import bind
+from sharded_spd.binding.records import Binding, HeldAnchor, LayerSettings, Resolver
+from sharded_spd.engines.base import EngineAdapter
+from sharded_spd.errors import BindingError
+from sharded_spd.kernels import backend_names
+from sharded_spd.projection.layers import Plan
+from sharded_spd.projection.metrics import Monitor, is_first, measure_deviation
+from sharded_spd.projection.rule_state import Moves, export_layers, find_layers, stateful_layers
+from sharded_spd.projection.stepper import Calls, Plans, Stepper
+from sharded_spd.sharding.collectives import agree, agree_and_tell, difference, union
+from sharded_spd.sharding.layout import BoundShard, ShardLayout
+from sharded_spd.sharding.reductions import sum_over_scopes_
+
+
+class Removable(Protocol):
+    """What `detach` takes off again: a hook's handle, for one."""
+
+    def remove(self) -> None:
+        """Take it off."""
+        ...
+
+
+_STEPPED = "the projector's state is of a run that has stepped"
+Found = tuple[int, Moves]
+"""A number of steps, and where each part of the rules' state is to go."""
+
+
+class Projector(Stepper):
+    """Projects the layers of one or more optimizers toward their anchors around every step.
+
+    A `torch.distributed.checkpoint` `Stateful`. Made by `attach` and `AdamSPD`, not by hand.
+    """
+
+    def __init__(
+        self,
+        adapter: EngineAdapter,
+        resolve: Resolver,
+        *,
+        deferred: bool = False,
+        together: bool = False,
+        telemetry_every: int = 0,
+        telemetry_path: str | None = None,
+        foreign: bool = False,
+    ) -> None:
+        super().__init__(adapter, Monitor(telemetry_every, telemetry_path), together=together)
+        self._resolve = resolve
+        self._foreign = foreign
+        self._stateful = False
+        self._loaded: dict[str, Any] = {}
+        self._seed: dict[str, HeldAnchor] = {}
+        self._handles: list[Removable] = []
+        self._detached = False
+        if not deferred:
+            self._bind(None, required=False)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the anchors are bound."""
+        return self._binding is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Engine steps in which something moved."""
+        return self._monitor.num_steps
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks of an optimizer call this projector."""
+        return bool(self._handles)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of all anchors, the same for every layout. Raises BindingError before `bind()`."""
+        return self._require().fingerprint
+
+    @property
+    def fingerprints(self) -> dict[str, tuple[int, ...]]:
+        """The fingerprint of each layer's anchor, also of layers that only other ranks have."""
+        binding = self._require()
+        return {**binding.elsewhere, **binding.fingerprints}
+
+    def anchor_names(self) -> dict[str, str | None]:
+        """The tensor of its file that each layer is anchored at; None: at zero. Without other anchors."""
+        return self._require().names
+
+    def group_fingerprints(
+        self, optimizer: Optimizer, ranks: ProcessGroup | None = None, binding: Binding | None = None
+    ) -> list[str]:
+        """The anchors' fingerprint of each param group over all `ranks` together.
+
+        "HASH/LAYERS/NAMED:HASH", the second hash that of the values without the layers' names, NAMED "named"
+        or "unnamed"; of a `binding` that is not in force yet, where one is given.
+        """
+        known = (self._require() if binding is None else binding).fingerprints
+        number = {id(group): str(g) for g, group in enumerate(optimizer.param_groups)}
+        layers = {
+            f"{number[id(shard.param_group)]} {piece.layer}": known[piece.layer]
+            for shard in self._adapter.bind(optimizer, grads=False)
+            for piece in shard.slices
+            if piece.layer in known
+        }
+        groups: list[dict[str, tuple[int, ...]]] = [{} for _ in number]
+        for key, prints in union(layers, ranks).items():
+            g, _, fqn = key.partition(" ")
+            groups[int(g)][fqn] = prints
+        named = "named" if self._adapter.named else "unnamed"
+        return [f"{combine(own)}/{len(own)}/{named}:{combine_nameless(own.values())}" for own in groups]
+
+    @torch.no_grad()
+    def bind(self, model: Module | None = None, *, vet: Callable[[Binding], None] | None = None) -> None:
+        """Bind, or bind anew after sharding or adding groups; what is bound already is never snapshot again.
+
+        Call it once the pre-trained weights are loaded and before a checkpoint is resumed. Collective over
+        the layout's scopes. What is bound stays in force where it fails; `vet` may refuse the new binding, on
+        all ranks alike.
+
+        Raises:
+            AnchorError: where an anchor does not fit or cannot be read; on all ranks.
+            BindingError: where parameters still hold no values, or after `detach()`.
+            ConfigError: for a pattern that matches nothing, or a path or pattern without names.
+        """
+        if self._detached:
+            raise BindingError("this projector was detached and is not called any more; call attach() anew")
+        self._catch_up()
+        self._meet("called bind() (AdamSPD.add_param_group binds, too)")
+        self._bind(model, required=True, vet=vet)
+        self._failure = None
+
+    def _bind(
+        self, model: Module | None, *, required: bool, vet: Callable[[Binding], None] | None = None
+    ) -> None:
+        undo = self._adapter.keep()
+        try:
+            self._bind_anew(model, required, vet)
+        except Exception:
+            undo()
+            raise
+
+    def _bind_anew(self, model: Module | None, required: bool, vet: Callable[[Binding], None] | None) -> None:
+        """Make everything of the new binding beside what is in force, and put it in place at the end."""
+        self._adapter.take_model(model)
+        layout, words = agree_and_tell(
+            self._adapter.layout,
+            self._adapter.agreement_groups,
+            lambda found: {"empty": ""} if found is None else {},
+        )
+        if words and not required:
+            return
+        if layout is None or words:
+            raise BindingError(
+                "some parameters hold no values yet (meta device, or not yet sharded); materialise the "
+                "model, load the pre-trained weights, and then call bind()"
+            )
+        groups = self._adapter.agreement_groups
+        old, renamed = self._binding, layout.renamed
+        layout, shards, options, facts = self._settle(layout, groups)
+        held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
+        fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
+        wrong = difference(layout, facts)
+        binding = bind(shards, layout, options, held, fresh, groups, wrong)
+        binding.unverified.foreign = self._foreign
+        if old is not None:
+            binding.unverified.stepped = {renamed.get(fqn, fqn) for fqn in old.unverified.stepped}
+        pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
+        devices = {shard.tensor.device.type for shard in pulled}
+
+        def finish() -> tuple[
+            dict[tuple[str, ...], Plan], dict[Optimizer, list[Plan]], Found, dict[str, str]
+        ]:
+            self._vouch(binding, renamed)
+            plans, calls = self._make_plans(binding, renamed)
+            return plans, calls, self._find_state(self._loaded, plans.values()), backend_names(devices)
+
+        (plans, calls, found, _), words = agree_and_tell(
+            finish, groups, lambda own: {**own[3], **self._stepped(self._loaded)}
+        )
+        unlike = {device: names for device, names in words.items() if len(names) > 1}
+        binding.plain = frozenset(unlike)
+        warn.about_kernels(unlike)
+        stateful = bool(union(stateful_layers(plans.values()), layout.everywhere))
+        if vet is not None:
+            vet(binding)
+        self._binding, self._plans, self._calls, self._stateful = binding, plans, calls, stateful
+        self._rosters.clear()
+        self._turns.clear()
+        self._adapter.mark(binding.fingerprint)
+        warn.about_anchors(binding)
+        if old is None:
+            self._restore(found, binding, stepped=_STEPPED in words)
+            self._loaded, self._seed = {}, {}
+            warn.about_binding(binding, shards)
+
+    def _settle(
+        self, layout: ShardLayout, groups: Sequence[ProcessGroup]
+    ) -> tuple[ShardLayout, list[BoundShard], Mapping[str, LayerSettings], dict[str, dict[str, object]]]:
+        """The layout with other ranks' layers, this rank's shards, each layer's settings, and their facts."""
+
+        def look() -> list[BoundShard]:
+            self._monitor.open(is_first(groups))
+            return self._shards()
+
+        early = agree(look, groups) if layout.everywhere is not None else None
+        theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
+        whole = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
+
+        def settle() -> tuple[list[BoundShard], Mapping[str, LayerSettings], dict[str, dict[str, object]]]:
+            shards = look() if early is None else early
+            owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
+            options = self._resolve(whole, owners, self._adapter.named)
+            return shards, options, vouch.facts(options, shards, self._together)
+
+        return whole, *agree(settle, groups)
+
+    def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
+        vouch.check_stored(binding)
+        if self._binding is None:
+            vouch.check_strays(binding)
+            vouch.check_pinned(binding)
+            vouch.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
+        else:
+            vouch.check_unchanged(self._binding, binding, renamed)
+            binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
+
+    def _shards(self) -> list[BoundShard]:
+        return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
+
+    def _make_plans(self, binding: Binding, renamed: Mapping[str, str]) -> tuple[Plans, Calls]:
+        """All plans of a new binding, with the state of those in force, and those of each optimizer."""
+        plans: dict[tuple[str, ...], Plan] = {}
+        calls = {
+            o: [self._plan(call, binding, plans, renamed) for call in self._adapter.inner_steps(o)]
+            for o in self._adapter.optimizers
+        }
+        return plans, calls
+
+    def add_hooks(self, handles: Sequence[Removable]) -> None:
+        """Own the handles of the hooks that call this projector, for `detach`."""
+        self._handles.extend(handles)
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizers, which are plain again, and free the anchors; no way back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._adapter.mark(None)
+        self._clear()
+        self._detached = True
+
+    def metrics(self, *, gather: bool = False) -> dict[str, Any]:
+        """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
+
+        Of the layers that this rank steps and that are not frozen: all of the model's, the same under every
+        engine, but where ranks have layers of their own (an optimizer that shares the parameters out,
+        experts). There `gather` gives them all, and is collective. Waits for the device. Empty of layers
+        before the first step.
+        """
+        norms = self._binding.norms if self._binding is not None else {}
+        ranks = self._binding.layout.everywhere if gather and self._binding is not None else None
+        return self._monitor.metrics(list(self._plans.values()), norms, ranks)
+
+    def deviation(self) -> dict[str, tuple[float, float]]:
+        """|w - w0| and |w0| of every projected layer, now, also of those that only other ranks have.
+
+        Collective.
+        """
+        self._catch_up()
+        binding, groups = self._require(), self._adapter.agreement_groups
+        fqns, sums = agree(lambda: measure_deviation(binding, self._shards()), groups)
+        sum_over_scopes_(sums, fqns, binding.layout.scopes)
+        own = {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
+        return union(own, binding.layout.everywhere)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors.
+
+        Collective where ranks have different layers and a rule has state.
+        """
+        self._catch_up()
+        fingerprint = self._binding.fingerprint if self._binding is not None else ""
+        layers = export_layers(self._plans.values(), self._adapter)
+        if self._binding is not None and self._stateful:
+            layers = union(layers, self._binding.layout.everywhere)
+        return {"fingerprint": fingerprint, "num_steps": self.num_steps, "layers": layers}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore rule state; before `bind()` it is kept and restored there.
+
+        The state of a run that has stepped vouches for weights that are not at their snapshot.
+
+        Raises:
+            AnchorError: where the checkpoint was written with other anchors.
+        """
+        self._catch_up()
+        if self._binding is None:
+            self._loaded = dict(state_dict)
+            return
+        self.prepare_load(state_dict)()
+
+    def prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        """Check state that is to be loaded; what comes back loads it. Collective.
+
+        Raises:
+            AnchorError: where it was written with other anchors.
+            BindingError: for a shard of another size.
+        """
+        binding, saved = self._require(), state_dict.get("fingerprint", "")
+
+        def check() -> Found:
+            vouch.check_saved(saved, binding.fingerprint)
+            return self._find_state(state_dict, self._plans.values())
+
+        found, words = agree_and_tell(
+            check, self._adapter.agreement_groups, lambda _: self._stepped(state_dict)
+        )
+        return partial(self._restore, found, binding, stepped=_STEPPED in words)
+
+    @staticmethod
+    def _stepped(state_dict: Mapping[str, Any]) -> dict[str, str]:
+        """Told to the other ranks, for the count of one may be another: it decides what the guard sends."""
+        return {_STEPPED: ""} if state_dict.get("num_steps", 0) else {}
+
+    def _find_state(self, state_dict: Mapping[str, Any], plans: Iterable[Plan]) -> Found:
+        num_steps = int(state_dict.get("num_steps", self.num_steps))
+        return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
+
+    @torch.no_grad()
+    def _restore(self, found: Found, binding: Binding, *, stepped: bool) -> None:
+        self._monitor.num_steps, moves = found
+        if stepped:
+            binding.unverified.fresh.clear()
+            binding.found.away.clear()
+        for target, value in moves:
+            target.copy_(value)
+
+    def export_anchors(self) -> dict[str, HeldAnchor]:
+        """This rank's shards of the anchors, for a copy of the optimizer in another place."""
+        return dict(self._binding.held) if self._binding is not None else {}
+
+    def adopt(self, held: Mapping[str, HeldAnchor], state: Mapping[str, Any]) -> None:
+        """Bind with anchors that `export_anchors` gave, instead of taking new ones."""
+        self._seed = dict(held)
+        self._loaded = dict(state)
+        self._bind(None, required=False)

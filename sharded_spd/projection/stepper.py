@@ -1,0 +1,342 @@
+"""The steps of a projector: what is bound is carried through them, on all ranks or on none.
+
+`before_step` and `after_step` stand around the base optimizer's own step. What fails on one rank between two
+reductions is kept, and told in the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NoReturn
+
+import torch
+from torch.optim import Optimizer
+
+from sharded_spd.binding import warnings as warn
+from sharded_spd.binding.records import Binding
+from sharded_spd.binding.unbound import check_unbound
+from sharded_spd.engines.base import EngineAdapter
+from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.projection.hostvec import is_capturing
+from sharded_spd.projection.layers import Heard, Plan, reduce_together_
+from sharded_spd.projection.metrics import Monitor
+from sharded_spd.projection.roster import Roster
+from sharded_spd.projection.rule_state import move_layers
+from sharded_spd.projection.step import Step
+from sharded_spd.projection.verdict import Evidence, Verdict
+from sharded_spd.sharding.layout import BoundShard
+
+Plans = dict[tuple[str, ...], Plan]
+"""By the layers that step together."""
+
+Calls = dict[Optimizer, list[Plan]]
+"""Of each optimizer, the plans of its calls within one engine step, in their order."""
+
+
+class Stepper:
+    """Steps of one engine's optimizers under way; `together`: one reduction for all of an engine step."""
+
+    def __init__(self, adapter: EngineAdapter, monitor: Monitor, *, together: bool) -> None:
+        self._adapter = adapter
+        self._monitor = monitor
+        self._together = together
+        self._binding: Binding | None = None
+        self._plans: Plans = {}
+        self._calls: Calls = {}
+        self._turns: dict[Optimizer, int] = {}
+        self._rosters: dict[tuple[str, ...], Roster] = {}
+        self._steps: dict[Optimizer, Step] = {}
+        self._waiting: list[Step] = []
+        self._verdicts: list[Verdict] = []
+        self._failure: Exception | None = None
+
+    def _clear(self) -> None:
+        """Drop what is bound and under way."""
+        for own in (self._steps, self._waiting, self._verdicts, self._calls, self._plans, self._rosters):
+            own.clear()
+        self._binding = None
+
+    @property
+    def meets(self) -> bool:
+        """Whether ranks sum over each other in a step."""
+        return self._binding is not None and bool(self._binding.layout.scopes)
+
+    def _require(self) -> Binding:
+        if self._binding is None:
+            raise BindingError(
+                "the anchors are not bound yet; call bind() after sharding and loading the weights"
+            )
+        return self._binding
+
+    def _plan(
+        self,
+        shards: Sequence[BoundShard],
+        binding: Binding,
+        plans: dict[tuple[str, ...], Plan],
+        renamed: Mapping[str, str],
+    ) -> Plan:
+        """The one of `plans` for these shards; one that is made now (and added) takes over their state."""
+        fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
+        if fqns not in plans:
+            device = shards[0].tensor.device if shards else torch.device("cpu")
+            plan = Plan(fqns, binding, device)
+            plan.prepare_shard_states(binding, shards)
+            move_layers([*self._plans.values(), *plans.values()], [plan], binding.layout.shapes, renamed)
+            plans[fqns] = plan
+        return plans[fqns]
+
+    def _roster(self, plan: Plan, shards: Sequence[BoundShard]) -> Roster:
+        roster = self._rosters.get(plan.fqns)
+        if roster is None or not roster.fits(shards):
+            roster = self._rosters[plan.fqns] = Roster(plan, self._require(), shards)
+        return roster
+
+    @torch.no_grad()
+    def before_step(
+        self, optimizer: Optimizer, *, sums_later: bool = False, base_decays: Set[int] = frozenset()
+    ) -> Step | None:
+        """Take the statistics before `optimizer` steps; its gradients must be there.
+
+        What fails on this rank is raised here where no rank waits for it, else once all ranks know: at the
+        first reduction of the step. With `sums_later` the caller takes the sums, of the step that comes back
+        (None: unbound). `base_decays` are the ids of param groups whose decay the base step does itself.
+
+        Raises:
+            BindingError: unbound with gradients, or a parameter that was swapped or added since `bind()`.
+        """
+        if self._binding is None:
+            if self._failure is not None:
+                raise self._failure
+            check_unbound(optimizer, self._adapter.agreement_groups)
+            return None
+        self._catch_up(optimizer)
+        step, shards = self._begin(optimizer)
+        step.base_decays = base_decays
+        self._turns[optimizer] = self._turns.get(optimizer, 0) + 1
+        if step.failure is None:
+            with step.trying():
+                step.prepare(self._roster(step.plan, shards), shards)
+        if step.failure is not None and not step.meets:
+            raise step.failure
+        try:
+            self._start(step)
+        except Exception:
+            step.release()
+            raise
+        if not sums_later:
+            with step.trying():
+                step.add_before()
+        self._steps[optimizer] = step
+        if step.moves and self._binding.found.away:
+            warn.about_start(self._binding, shards)
+        return step
+
+    def _begin(self, optimizer: Optimizer) -> tuple[Step, Sequence[BoundShard]]:
+        """A step of what `optimizer` holds now; where that cannot be told, of what it is expected to step."""
+        binding, failure, shards = self._require(), self._failure, []
+        calls = self._calls.get(optimizer, [])
+        plan = calls[self._turns.get(optimizer, 0) % len(calls)] if calls else None
+        try:
+            if failure is None:
+                shards = list(self._adapter.bind(optimizer, grads=True))
+                plan = self._plan_of(shards)
+        except Exception as error:  # told to the other ranks in the step's reduction
+            failure = error
+        if plan is None:
+            raise failure or BindingError(f"this {type(optimizer).__name__} was not bound; call bind()")
+        if any(plan is step.plan for step in self._waiting):
+            self._project()
+        step = Step(plan, binding, optimizer)
+        if failure is not None:
+            step.fail(failure)
+        return step, shards
+
+    def _plan_of(self, shards: Sequence[BoundShard]) -> Plan:
+        fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
+        if fqns not in self._plans and self._require().layout.scopes:
+            raise BindingError(
+                f"the optimizer steps {len(fqns)} layers that it did not step together when the anchors were "
+                "bound: a param group was added, taken away or changed; call bind() on every rank"
+            )
+        return self._plan(shards, self._require(), self._plans, {})
+
+    def _start(self, step: Step) -> None:
+        """Reduce what is needed ahead of the base step, if anything is."""
+        if not step.starts:
+            return
+        heard = reduce_together_([step.early_reduction()])
+        step.starts = False
+        self._hear(heard, [], [step])
+        with step.trying():
+            step.edit()
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Finish what `before_step` began: reduce, find s, pull; log where it is due.
+
+        Raises:
+            AnchorError: at the first real step, where weights were loaded after the snapshot; and at all
+            later ones.
+            BindingError: where the optimizer stepped without `before_step`: it never called its closure.
+            ConfigError: where learning rate, lambda or bound differ between ranks that share a layer.
+            What failed on any rank that shares a layer; on the others with that rank's number.
+        """
+        if self._binding is None:
+            return
+        step = self._steps.pop(optimizer, None)
+        if step is None:
+            self.break_off(
+                optimizer,
+                BindingError(
+                    f"{type(optimizer).__name__} stepped without evaluating the closure that it was given; "
+                    "the projection needs a gradient: call step() without a closure, after backward()"
+                ),
+            )
+        with step.trying():
+            step.add_after()
+        self._waiting.append(step)
+        last = self._adapter.boundary(optimizer)
+        # Without a scope there is nothing to be reduced, and so nothing to wait for.
+        if last or not self._together or not self._binding.layout.scopes:
+            self._project()
+        if last:
+            self._turns.clear()
+            self._monitor.step(list(self._plans.values()), self._require().norms)
+
+    def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
+        """Raise `error`, which keeps this rank from finishing its step, on every rank that waits for it.
+
+        Raises:
+            The first error of this step on this rank.
+        """
+        if self._binding is None:
+            raise error
+        step = self._steps.pop(optimizer, None)
+        if step is None:
+            step, _ = self._begin(optimizer)
+        step.fail(error)
+        if step.meets:
+            self._start(step)
+            self._finish_with(step)
+        raise step.failure or error
+
+    def _finish_with(self, *broken: Step, now: bool = False) -> None:
+        """Reduce what waits with `broken`, and what the other ranks have stepped by the time they reduce."""
+        self._waiting += broken
+        if self._together:
+            done = {id(step.plan) for step in self._waiting}
+            rest = [
+                (optimizer, plan)
+                for optimizer, calls in self._calls.items()
+                for plan in calls
+                if id(plan) not in done
+            ]
+            for optimizer, plan in rest:
+                step = Step(plan, self._require(), optimizer)
+                step.fail(BindingError("this rank ended its step early"), absent=True)
+                self._waiting.append(step)
+        self._project(now=now)
+
+    def _project(self, *, now: bool = False) -> None:
+        """Settle the inner steps that wait, by one reduction."""
+        steps, self._waiting = self._waiting, []
+        try:
+            heard = reduce_together_([step.reduction() for step in steps])
+            evidence = [found for step in steps if (found := step.evidence()) is not None]
+            self._hear(heard, evidence, steps, now=now)
+            self._pull(steps, told=bool(heard))
+            for step in steps:
+                self._monitor.note(step.moves, step.skipped)
+        except Exception:
+            self._turns.clear()
+            raise
+        finally:
+            for step in steps:
+                step.release()
+        self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
+
+    def _pull(self, steps: Sequence[Step], *, told: bool) -> None:
+        """Find s and pull. What fails here on one rank is `told` to the others, if at all, a step later."""
+        try:
+            for step in steps:
+                if step.failure is None:
+                    step.project()
+        except Exception as error:
+            if told:
+                self._failure = error
+            raise
+
+    def _hear(
+        self,
+        heard: Sequence[Heard],
+        evidence: Sequence[Evidence],
+        steps: Sequence[Step],
+        *,
+        now: bool = False,
+    ) -> None:
+        """Raise what any rank has said; on a GPU when the next step begins, unless it has to be `now`."""
+        failures = sorted((step for step in steps if step.failure is not None), key=lambda step: step.absent)
+        if not heard and not evidence and not failures:
+            return
+        failure = failures[0].failure if failures else None
+        told = [h.words for h in heard] + [e.rows for e in evidence]
+        if told and not is_capturing():
+            verdict = Verdict(heard, evidence, self._require().unverified)
+            if now or not verdict.late:
+                self._read(verdict, failure, {k: v for step in steps for k, v in step.settings.items()})
+                return
+            self._verdicts.append(verdict)
+        if failure is not None:
+            if not heard and self.meets:  # told in the next reduction
+                self._failure = failure
+            raise failure
+
+    def _read(self, verdict: Verdict, failure: Exception | None = None, settings: Any = None) -> None:
+        try:
+            verdict.read(failure, settings)
+        except AnchorError as error:
+            self._failure = error
+            raise
+
+    def _catch_up(self, optimizer: Optimizer | None = None) -> None:
+        """Finish what is under way, before something that reads or changes it; collective if anything is.
+
+        `optimizer` is about to step: what waits of others then goes on waiting.
+        """
+        if self._binding is None:
+            return
+        if not is_capturing():
+            verdicts, self._verdicts = self._verdicts, []
+            for verdict in verdicts:
+                self._read(verdict)
+        broken = [step for o, step in self._steps.items() if optimizer in (None, o)]
+        if broken:
+            for step in broken:
+                del self._steps[step.optimizer]
+                if step.failure is None:
+                    text = "began a step that an exception ended, and that another rank has finished"
+                    step.fail(BindingError(f"{type(step.optimizer).__name__} {text}"), absent=True)
+            broken = [step for step in broken if step.meets]
+        if broken:
+            self._finish_with(*broken, now=True)
+        # Of an optimizer that is called several times in an engine step, another part is to step.
+        again = len(self._calls.get(optimizer, ())) == 1 if optimizer is not None else True
+        if again and any(optimizer in (None, step.optimizer) for step in self._waiting):
+            self._project()
+
+    def _meet(self, what: str) -> None:
+        """Make sure that the ranks that share layers all do `what`, and none takes a step instead."""
+        binding = self._binding
+        if binding is None:
+            return
+        steps = [Step(plan, binding, o) for o, calls in self._calls.items() for plan in calls]
+        step = next((step for step in steps if step.meets), None)
+        if step is None:
+            return
+        step.fail(BindingError(f"{what}, and another rank took a step; do it on every rank"), absent=True)
+        if step.starts:
+            self._hear(reduce_together_([step.early_reduction()]), [], [step], now=True)
+        elif self._together:
+            self._finish_with(step, now=True)
+        else:
+            self._hear(reduce_together_([step.reduction()]), [], [step], now=True)

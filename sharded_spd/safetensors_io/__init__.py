@@ -1,0 +1,1 @@
+"""Files of safetensors: read slice by slice, written tensor by tensor."""
