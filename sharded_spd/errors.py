@@ -1,4 +1,9 @@
-"""The package's own exceptions, subclasses of those that plain handlers catch."""
+"""The package's own exceptions, subclasses of those that plain handlers catch, and a hint that many give."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -19,3 +24,9 @@ class UnsupportedError(TypeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, is damaged, or does not fit what it is to be loaded into."""
+
+
+def did_you_mean(got: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """What to say of the nearest of `known`, behind a message; nothing where none is near."""
+    near = difflib.get_close_matches(str(got), list(known), 1, cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""

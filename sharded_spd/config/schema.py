@@ -5,7 +5,6 @@ Every message opens with the key that it speaks of, so that the loader can put t
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sharded_spd.anchors.base import AnchorStore, is_on_disk
 from sharded_spd.config.strict_yaml import read_yaml, unknown_key
-from sharded_spd.errors import ConfigError
+from sharded_spd.errors import ConfigError, did_you_mean
 from sharded_spd.sharding.names import check_rules
 
 if TYPE_CHECKING:
@@ -240,8 +239,7 @@ def _mismatch(name: str, wanted: str, got: object) -> str:
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(value, choices)
         raise ConfigError(_mismatch(name, "one of " + ", ".join(choices), value) + hint)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sharded_spd.errors import ConfigError
+from sharded_spd.errors import ConfigError, did_you_mean
 
 _SYNONYMS = {
     "lambda": "weight_decay",
@@ -49,9 +48,8 @@ def parse_yaml(text: str) -> Any:
 def unknown_key(key: str, known: Iterable[str], path: str = "") -> ConfigError:
     """Return the error for a key that does not exist at `path`, with the nearest known name."""
     names = sorted(known)
-    near = [_SYNONYMS[key]] if _SYNONYMS.get(key) in names else difflib.get_close_matches(key, names, 1, 0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"{path}{key}: unknown key; {hint}known here: {', '.join(names)}")
+    hint = did_you_mean(_SYNONYMS[key] if _SYNONYMS.get(key) in names else key, names, cutoff=0.4) or ";"
+    return ConfigError(f"{path}{key}: unknown key{hint} known here: {', '.join(names)}")
 
 
 class _StrictLoader(yaml.SafeLoader):

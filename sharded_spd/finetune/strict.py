@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sharded_spd.config.strict_yaml import unknown_key
-from sharded_spd.errors import ConfigError
+from sharded_spd.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -46,8 +45,7 @@ def wrong(path: str, wanted: str, got: object) -> ConfigError:
 
 def choice(path: str, value: object, choices: Sequence[str]) -> ConfigError:
     """Return the error for a value that is none of `choices`, with the nearest of them."""
-    near = difflib.get_close_matches(str(value), choices, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(value, choices)
     return ConfigError(f"{path}: wanted one of {', '.join(choices)}, got {value!r}{hint}")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
-from sharded_spd.errors import ConfigError
+from sharded_spd.errors import ConfigError, did_you_mean
 from sharded_spd.rules.base import LayerInfo, Options, Rule, RuleSpec, Stats
 from sharded_spd.rules.cwd import CWD
 from sharded_spd.rules.decay import Decay, NoRule
@@ -88,15 +87,13 @@ def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rul
             )
         return rule
     if rule not in _RULES:
-        near = difflib.get_close_matches(rule, _RULES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(rule, _RULES)
         raise ConfigError(f"unknown rule {rule!r}; wanted one of {', '.join(_RULES)}{hint}")
     own = [f for f in fields(_RULES[rule]) if f.init]  # type: ignore[arg-type]
     known = [f.name for f in own]
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, known)
             wanted = f"one of {known}" if known else "none: this rule has no options"
             raise ConfigError(f"unknown option {key!r} of rule {rule!r}; wanted {wanted}{hint}")
     missing = [f.name for f in own if f.default is MISSING and f.name not in options]

@@ -12,8 +12,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from sharded_spd.safetensors_io.reader import FLOATS
+
 DTYPES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    **{dtype: name for name, dtype in FLOATS.items()},
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16",
     torch.uint8: "U8", torch.bool: "BOOL",
@@ -90,6 +92,10 @@ class TensorFile:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def append_bytes(self, data: memoryview) -> None:
+        """The same of values as they are to lie in the file."""
+        self._file.write(data)
 
     def close(self) -> None:
         """Have it all on the disk."""

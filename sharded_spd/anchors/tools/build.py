@@ -22,9 +22,9 @@ from sharded_spd.anchors.manifest import MANIFEST, FileEntry, Manifest, TensorEn
 from sharded_spd.anchors.paths import some
 from sharded_spd.anchors.tools.scan import Progress, chunks, scan_file
 from sharded_spd.errors import AnchorError
-from sharded_spd.safetensors_io.reader import FLOATS, StoredTensor
+from sharded_spd.safetensors_io.reader import StoredTensor
+from sharded_spd.safetensors_io.writer import DTYPES, RawEntry, TensorFile
 
-_STORED_AS = {dtype: name for name, dtype in FLOATS.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -238,35 +238,24 @@ def _write_file(
     path: Path, tensors: Sequence[StoredTensor], dtype: torch.dtype | None, progress: Progress | None
 ) -> dict[str, float]:
     """Write a safetensors file; returns the tensors that a change of dtype changed, and by how much."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
     # Wide elements first, so that all lie aligned.
     tensors = sorted(tensors, key=lambda t: -(_num_bytes(t, dtype) // max(1, math.prod(t.shape))))
-    for tensor in tensors:
-        begin, end = end, end + _num_bytes(tensor, dtype)
-        new = _new_dtype(tensor, dtype)
-        entries[tensor.name] = {
-            "dtype": tensor.stored_as if new is None else _STORED_AS[new],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    entries = [
+        RawEntry(tensor.name, _stored_as(tensor, dtype), tensor.shape, _num_bytes(tensor, dtype))
+        for tensor in tensors
+    ]
     lossy = {}
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+    with TensorFile(path, entries, {"format": "pt"}) as file:
         for tensor in tensors:
             worst = 0.0
             for _, data in chunks(tensor):
                 out, change = _convert(data, tensor, _new_dtype(tensor, dtype))
                 worst = max(worst, change)
-                file.write(out)
+                file.append_bytes(out)
                 if progress is not None:
                     progress(len(data))
             if worst > 0:
                 lossy[tensor.name] = worst
-        file.flush()
-        os.fsync(file.fileno())
     return lossy
 
 
@@ -283,6 +272,11 @@ def _convert(data: memoryview, tensor: StoredTensor, dtype: torch.dtype | None) 
 def _new_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> torch.dtype | None:
     """None where a tensor is written as it is: no floating point, or of that dtype already."""
     return None if tensor.dtype in (None, dtype) else dtype
+
+
+def _stored_as(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
+    new = _new_dtype(tensor, dtype)
+    return tensor.stored_as if new is None else DTYPES[new]
 
 
 def _num_bytes(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
