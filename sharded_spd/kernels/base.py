@@ -44,16 +44,16 @@ class Slice:
 
 @dataclass(slots=True)
 class Moments:
-    """Adam's state of the tensor that a slice is part of, of one dtype; `most` only with amsgrad."""
+    """Adam's state of the tensor that a slice is part of, of one dtype; the last one only with amsgrad."""
 
-    mean: Tensor
-    square: Tensor
-    most: Tensor | None = None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All that a step changes."""
-        return self.mean, self.square, self.most
+        return self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq
 
 
 ADAM_NUMBERS = ("beta1", "beta2", "eps", "step_size", "root_correction")

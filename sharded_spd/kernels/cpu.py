@@ -77,10 +77,10 @@ class CpuTable:
         """See `Table`."""
         rows = []
         for s, m in zip(self._slices, moments, strict=True):
-            at = s.offset * m.mean.itemsize
-            most = 0 if m.most is None else m.most.data_ptr() + at
-            mean, square = m.mean.data_ptr() + at, m.square.data_ptr() + at
-            rows.append(_MOMENTS_ROW.pack(mean, square, most, _KINDS[m.mean.dtype]))
+            at = s.offset * m.exp_avg.itemsize
+            max_exp_avg_sq = 0 if m.max_exp_avg_sq is None else m.max_exp_avg_sq.data_ptr() + at
+            exp_avg, exp_avg_sq = m.exp_avg.data_ptr() + at, m.exp_avg_sq.data_ptr() + at
+            rows.append(_MOMENTS_ROW.pack(exp_avg, exp_avg_sq, max_exp_avg_sq, _KINDS[m.exp_avg.dtype]))
         numbers = numbers.contiguous()
         sums = self._call(self._library.spd_adam, 3, b"".join(rows), ctypes.c_void_p(numbers.data_ptr()))
         stepped = [(s.weight, m) for s, m in zip(self._slices, moments, strict=True) if s.grad is not None]

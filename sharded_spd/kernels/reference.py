@@ -74,13 +74,13 @@ def _adam(s: Slice, m: Moments, numbers: Tensor) -> None:
     rest1, rest2 = (1 - numbers[:2]).to(dtype)
     _, beta2, eps, step_size, root = numbers.to(dtype)
     grad = grad.to(dtype) * s.grad_factor
-    kept = [t.view(-1)[cut] for t in (m.mean, m.square)]
+    kept = [t.view(-1)[cut] for t in (m.exp_avg, m.exp_avg_sq)]
     mean, square = (t.to(dtype) for t in kept)
     mean = torch.lerp(mean, grad, rest1)
     square = beta2 * square + rest2 * grad * grad
     second = square
-    if m.most is not None:
-        most = m.most.view(-1)[cut]
+    if m.max_exp_avg_sq is not None:
+        most = m.max_exp_avg_sq.view(-1)[cut]
         second = torch.maximum(most.to(dtype), square)
         most.copy_(second)
     weight.copy_(weight.to(dtype) - step_size * mean / (second.sqrt() / root + eps))

@@ -21,7 +21,7 @@ ROW_WORDS = 7
 """Addresses of weight, anchor, gradient and its factor; the factor as float64; count; the host's kinds."""
 
 MOMENTS_WORDS = 4
-"""Addresses of mean, square and most; the host's kinds."""
+"""Addresses of exp_avg, exp_avg_sq and max_exp_avg_sq; the host's kinds."""
 
 _CHUNK = tl.constexpr(CHUNK)
 _BLOCK = tl.constexpr(1024)

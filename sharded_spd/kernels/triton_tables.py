@@ -246,15 +246,15 @@ def _pack_moments(
     rows, pack = [], _MOMENTS_ROW.pack
     all_kinds: list[int] = []
     for s, m, kinds in zip(slices, moments, slice_kinds, strict=True):
-        shift = s.offset * m.mean.itemsize
-        mean, square = m.mean.data_ptr() + shift, m.square.data_ptr() + shift
-        most = 0
-        kinds |= _KINDS[m.mean.dtype] << _STATE
-        if m.most is not None:
-            most = m.most.data_ptr() + shift
+        shift = s.offset * m.exp_avg.itemsize
+        exp_avg, exp_avg_sq = m.exp_avg.data_ptr() + shift, m.exp_avg_sq.data_ptr() + shift
+        max_exp_avg_sq = 0
+        kinds |= _KINDS[m.exp_avg.dtype] << _STATE
+        if m.max_exp_avg_sq is not None:
+            max_exp_avg_sq = m.max_exp_avg_sq.data_ptr() + shift
             kinds |= _AMSGRAD
-        if (mean | square | most) % 16:
+        if (exp_avg | exp_avg_sq | max_exp_avg_sq) % 16:
             kinds &= ~_ALIGNED
-        rows.append(pack(mean, square, most, kinds))
+        rows.append(pack(exp_avg, exp_avg_sq, max_exp_avg_sq, kinds))
         all_kinds.append(kinds)
     return b"".join(rows), all_kinds

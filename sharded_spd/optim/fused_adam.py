@@ -51,7 +51,9 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
     done: set[Tensor] = set()
     outer: list[Tensor] = []
     steppable = step.steppable()
-    for group, (params, _, means, squares, most, steps) in zip(optimizer.param_groups, gathered, strict=True):
+    for group, (params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in zip(
+        optimizer.param_groups, gathered, strict=True
+    ):
         fixed = not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"], group["eps"]))
         counts: list[Tensor] = []
         owned: list[int] = []
@@ -60,10 +62,10 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
             # Half precision is stepped in it where torch's fused step is not asked for.
             if own is None or not (group["fused"] or param.dtype in _EXACT):
                 continue
-            state = Moments(_here(means[i]), _here(squares[i]), _here(most[i]) if most else None)
+            state = Moments(*map(_here, (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])))
             if (fixed or not steps[i].is_cpu) and _may_step(state, own[0].backend):
                 done.add(param)
-                whole = (param, means[i], squares[i], *most[i : i + 1])
+                whole = (param, exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
                 outer += [t for t in whole if isinstance(t, DTensor)]
                 counts.append(steps[i])
                 owned.append(len(own))
@@ -83,9 +85,8 @@ def _here(state: Tensor) -> Tensor:
 
 
 def _may_step(state: Moments, backend: Backend) -> bool:
-    dtype = state.mean.dtype
-    alike = state.square.dtype == dtype and (state.most is None or state.most.dtype == dtype)
-    return alike and backend.takes(state.mean, state.square, state.most)
+    one_dtype = len({t.dtype for t in state.tensors if t is not None}) == 1
+    return one_dtype and backend.takes(*state.tensors)
 
 
 def _numbers(

@@ -25,10 +25,7 @@ class Work:
     def copy(self) -> Work:
         """The same numbers in memory of their own."""
         slices = [replace(s, weight=s.weight.clone()) for s in self.slices]
-        moments = [
-            Moments(m.mean.clone(), m.square.clone(), None if m.most is None else m.most.clone())
-            for m in self.moments
-        ]
+        moments = [Moments(*(t.clone() for t in m.tensors if t is not None)) for m in self.moments]
         return Work(slices, moments, self.numbers, self.shares)
 
 
@@ -134,7 +131,7 @@ def assert_same_work(ours: Backend, theirs: Backend, work: Work) -> None:
         outside[cut] = False
         assert torch.equal(a.weight[outside], old.weight[outside])
     for m, n, old in zip(mine.moments, other.moments, work.moments, strict=True):
-        assert_close_in_ulp(m.mean, n.mean, scale=old.mean.double().abs() + 1)
-        assert_close_in_ulp(m.square, n.square)
-        if m.most is not None and n.most is not None:
-            assert_close_in_ulp(m.most, n.most)
+        assert_close_in_ulp(m.exp_avg, n.exp_avg, scale=old.exp_avg.double().abs() + 1)
+        assert_close_in_ulp(m.exp_avg_sq, n.exp_avg_sq)
+        if m.max_exp_avg_sq is not None and n.max_exp_avg_sq is not None:
+            assert_close_in_ulp(m.max_exp_avg_sq, n.max_exp_avg_sq)

@@ -139,7 +139,7 @@ def test_chunk_by_chunk_to_the_last_bit(cpu: CpuKernels) -> None:
         table = backend.table(slices)
         found = [table.sums(grads=True), table.adam_(moments, numbers)]
         table.pull_(torch.tensor([1.0, 0.0, 0.3], dtype=torch.float64))
-        made.append([*found, *(s.weight for s in slices), *(m.square for m in moments)])
+        made.append([*found, *(s.weight for s in slices), *(m.exp_avg_sq for m in moments)])
     assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
 
 

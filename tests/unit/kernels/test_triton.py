@@ -158,5 +158,5 @@ else:
         assert torch.equal(third.sums(grads=True), second.sums(grads=True))
         fewer = KERNELS.table(moved[:1], third)
         assert torch.equal(fewer.sums(grads=True), third.sums(grads=True)[:1])
-        more = [Moments(m.mean, m.square, m.square.clone()) for m in work.moments[:1]]
+        more = [Moments(m.exp_avg, m.exp_avg_sq, m.exp_avg_sq.clone()) for m in work.moments[:1]]
         assert torch.isfinite(fewer.adam_(more, work.numbers[:1])).all()
