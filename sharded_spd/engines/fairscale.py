@@ -34,6 +34,12 @@ def fairscale_units(model: Module) -> list[Any]:
     return [unit for _, unit in _named_units(model)]
 
 
+def all_fairscale_units() -> list[Any]:
+    """The wrappers of all models."""
+    module = sys.modules.get(_FSDP)
+    return [] if module is None else instances_of(module.FullyShardedDataParallel)
+
+
 def _named_units(model: Module) -> Iterator[tuple[str, Any]]:
     module = sys.modules.get(_FSDP)
     if module is not None:

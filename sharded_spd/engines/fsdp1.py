@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
+from sharded_spd.engines.instances import instances_of
 from sharded_spd.engines.parts import Part, chunk, tile
 from sharded_spd.errors import UnsupportedError
 from sharded_spd.sharding.layout import FlatRange, ShardSlice
+
+_FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 def fsdp1_parts(model: Module) -> Iterator[tuple[Tensor, Part]]:
@@ -38,8 +41,14 @@ def fsdp1_units(model: Module) -> list[Any]:
     return [unit for _, unit in _named_units(model)]
 
 
+def all_fsdp1_units() -> list[Any]:
+    """The wrappers of all models."""
+    module = sys.modules.get(_FSDP)
+    return [] if module is None else instances_of(module.FullyShardedDataParallel)
+
+
 def _named_units(model: Module) -> Iterator[tuple[str, Any]]:
-    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    module = sys.modules.get(_FSDP)
     if module is not None:
         for prefix, unit in model.named_modules():
             if isinstance(unit, module.FullyShardedDataParallel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_spd.engines.facts import facts_of
-from sharded_spd.engines.fairscale import fairscale_parts, fairscale_units
-from sharded_spd.engines.fsdp1 import fsdp1_parts, fsdp1_ties, fsdp1_units
+from sharded_spd.engines.fairscale import all_fairscale_units, fairscale_parts, fairscale_units
+from sharded_spd.engines.fsdp1 import all_fsdp1_units, fsdp1_parts, fsdp1_ties, fsdp1_units
 from sharded_spd.engines.instances import instances_of
 from sharded_spd.engines.parts import Part
 from sharded_spd.sharding.layout import ModelFacts
@@ -66,12 +67,21 @@ def view_model(model: Module) -> ModelView:
 
 def wrapper_groups(model: Module) -> list[ProcessGroup]:
     """The groups of two ranks and more over which wrappers in the model split or copy its parameters."""
-    found: list[ProcessGroup | None] = (
-        [model.process_group] if isinstance(model, DistributedDataParallel) else []
-    )
-    for module in (*fsdp1_units(model), *fairscale_units(model)):
-        found += [getattr(module, name, None) for name in ("process_group", "_inter_node_pg")]
-    return [group for group in dict.fromkeys(found) if group is not None and group.size() > 1]
+    whole = [model] if isinstance(model, DistributedDataParallel) else []
+    return _groups_of_wrappers([*whole, *fsdp1_units(model), *fairscale_units(model)])
+
+
+def _groups_of_wrappers(wrappers: Iterable[Any]) -> list[ProcessGroup]:
+    names = ("process_group", "_inter_node_pg")
+    found = dict.fromkeys(getattr(wrapper, name, None) for wrapper in wrappers for name in names)
+    return [group for group in found if group is not None and group.size() > 1]
+
+
+def flat_groups(params: Iterable[Tensor]) -> list[ProcessGroup]:
+    """The groups over which wrappers cut `params`, where the model that tells of them is not known."""
+    flat = {param for param in params if is_flat(param)}
+    units = [*all_fsdp1_units(), *all_fairscale_units()] if flat else []
+    return _groups_of_wrappers(unit for unit in units if not flat.isdisjoint(unit.parameters()))
 
 
 def replicas_of(params: Iterable[Tensor]) -> ProcessGroup | None:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from sharded_spd.engines.dtensor import mesh_groups
-from sharded_spd.engines.model import wrapper_groups
+from sharded_spd.engines.model import flat_groups, wrapper_groups
 from sharded_spd.engines.parts import Part
 from sharded_spd.sharding.layout import Scope, ShardSlice
 
@@ -25,7 +25,7 @@ def known_groups(
     params = [*params, *(() if model is None else model.parameters())]
     meshes = {p.device_mesh: p for p in params if isinstance(p, DTensor)}
     groups = [group for param in meshes.values() for group in mesh_groups(param)]
-    groups += [] if model is None else wrapper_groups(model)
+    groups += flat_groups(params) if model is None else wrapper_groups(model)
     groups += [group for group in others if group is not None]
     return list(dict.fromkeys(one_per_ranks(groups).values()))
 

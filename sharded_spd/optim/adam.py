@@ -96,6 +96,7 @@ class AdamSPD(Adam):
         self._specs: list[GroupSpec] = []
         self._deferred = False
         self._num_bound = 0
+        self._refused: Exception | None = None
         self._projector: Projector | None = None
         # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
         adapter = ParameterAdapter([self], model)
@@ -158,7 +159,7 @@ class AdamSPD(Adam):
         """Show the fingerprints, and let go of what was given."""
         if not self.projector.bound:
             return
-        self._num_bound = len(self._specs)
+        self._num_bound, self._refused = len(self._specs), None
         # Inside of an optimizer that shares the parameters out, a group's layers are on all ranks together.
         prints = self.projector.group_fingerprints(self, self._adapter.replicas)
         for spec, group, fingerprint in zip(self._specs, self.param_groups, prints, strict=True):
@@ -172,13 +173,21 @@ class AdamSPD(Adam):
 
         Where layers are split over ranks, it is bound when all of them step next: a rank that adds a group
         alone must not wait for the others. Its anchors are then the weights of that moment, and what fails
-        there takes the group out again.
+        there takes the group out again; a call that was refused on some of the ranks fails there on all.
 
         Raises:
             ValueError: for a negative lambda, an unknown rule, or lists of another length than `params`.
         """
-        if self._projector is None or not self._projector.bound or self._projector.meets:
+        if self._projector is None or not self._projector.bound:
             self._take_group(param_group)
+            return
+        if self._projector.meets:
+            self._refused = None
+            try:
+                self._take_group(param_group)
+            except Exception as error:
+                self._refused = error
+                raise
             return
         agree(lambda: self._take_group(param_group), self._adapter.agreement_groups)
         self._bind_added()
@@ -192,10 +201,13 @@ class AdamSPD(Adam):
 
     def _bind_added(self) -> None:
         """Bind the groups that were added since the last binding, or take them out again."""
-        if not self.projector.bound or len(self._specs) == self._num_bound:
+        added, refused = len(self._specs) > self._num_bound, self._refused
+        if not self.projector.bound or not (added or refused):
             return
+        self._refused = None
         try:
-            self.bind()
+            if self.projector.meet_to_bind(added=added, refused=refused):
+                self.bind()
         except Exception:
             del self.param_groups[self._num_bound :], self._specs[self._num_bound :]
             raise
@@ -393,6 +405,6 @@ class AdamSPD(Adam):
             self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True)
             if held is not None:
                 self._projector.adopt(*held)
-            self._num_bound = len(self._specs) if self._projector.bound else 0
+            self._num_bound, self._refused = len(self._specs) if self._projector.bound else 0, None
             if self.defaults.get("fused"):
                 self._step_supports_amp_scaling = True

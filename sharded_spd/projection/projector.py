@@ -38,6 +38,7 @@ class Removable(Protocol):
 
 
 _STEPPED = "the projector's state is of a run that has stepped"
+_BINDS = "called bind() (AdamSPD.add_param_group binds, too)"
 Found = tuple[int, Moves]
 """A number of steps, and where each part of the rules' state is to go."""
 
@@ -139,9 +140,31 @@ class Projector(Stepper):
         if self._detached:
             raise BindingError("this projector was detached and is not called any more; call attach() anew")
         self._catch_up()
-        self._meet("called bind() (AdamSPD.add_param_group binds, too)")
+        self._meet(_BINDS)
         self._bind(model, required=True, vet=vet)
         self._failure = None
+
+    def meet_to_bind(self, *, added: bool, refused: Exception | None) -> bool:
+        """Whether a rank has `added` to what is to be bound; all learn it, and of a call that was `refused`.
+
+        Collective.
+
+        Raises:
+            What was refused, where another rank has added.
+        """
+        self._catch_up()
+        self._meet(_BINDS)
+        found = {name: "" for name, seen in (("added", added), ("refused", refused is not None)) if seen}
+        groups = self._adapter.agreement_groups
+        _, words = agree_and_tell(lambda: None, groups, lambda _: found)
+
+        def check() -> None:
+            if refused is not None:
+                raise refused
+
+        if len(words) > 1:
+            agree(check, groups)
+        return "added" in words
 
     def _bind(
         self, model: Module | None, *, required: bool, vet: Callable[[Binding], None] | None = None

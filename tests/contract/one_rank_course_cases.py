@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from sharded_spd import AdamSPD, SPDConfig, attach
 from sharded_spd.checkpoint import Checkpoints, export_safetensors
+from sharded_spd.errors import ConfigError
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
 from tests.support.compare import assert_float64_parity
@@ -113,6 +115,42 @@ def bound_while_others_step(engine: Engine, *, form: Form, rank: int) -> None:
     training.engine.zero_grad(training.model, training.optimizer)
     training.projector.bind()
     training.step(third)
+    _end(trouble)
+
+
+def group_refused(engine: Engine, *, rank: int) -> None:
+    """A group that all ranks are refused changes nothing; one that a rank alone is refused, all hear of."""
+    trouble = Trouble(engine, "group_refused", rank)
+    start = tensors()
+    added = list(start)[-2:]
+    training, oracle = Training(engine, start, SPD, leave_out=added), Oracle(start, start, SPD)
+    optimizer = training.optimizer
+    bad, good = ({"params": [(n, training.params[n]) for n in added], "weight_decay": w} for w in (-1.0, 1.0))
+
+    def step(*names: str) -> None:
+        given = {n: g for n, g in next(steps).items() if n not in added or n in names}
+        training.step(given)
+        oracle.step(given)
+
+    def refuse() -> None:
+        with pytest.raises(ConfigError, match="-1"):
+            optimizer.add_param_group(dict(bad))
+
+    steps = iter(gradients(start, 4))
+    step()
+    refuse()
+    step()
+    if trouble.here:
+        refuse()
+    else:
+        optimizer.add_param_group(dict(good))
+    trouble.told(optimizer.step, "-1")
+    assert len(optimizer.param_groups) == 1
+    step()
+    optimizer.add_param_group(dict(good))
+    oracle.options = {n: replace(SPD, weight_decay=1.0, lr=1e-3) if n in added else SPD for n in start}
+    step(*added)
+    assert_float64_parity(training.weights(), oracle.weights)
     _end(trouble)
 
 

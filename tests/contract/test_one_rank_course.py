@@ -30,6 +30,8 @@ def _all() -> Iterator[Task]:
             yield _task(cell, cases.base_raises_then, call, call=call, rank=(turn + i) % 2)
         for i, form in enumerate(FORMS):
             yield _task(cell, cases.bound_while_others_step, form, form=form, rank=(turn + i) % 2)
+    for turn, cell in enumerate((*SPLIT[:2], ("hsdp", 4), ("fsdp1", 2))):
+        yield _task(cell, cases.group_refused, "1", rank=turn % 2)
     for cell in (*SPLIT[:1], ("fsdp1", 2), ("ddp", 2)):
         yield _task(cell, cases.files, "1", rank=1)
     for i, form in enumerate(FORMS):
