@@ -62,7 +62,7 @@ def run_layout(rank: int, folder: Path, case: LayoutCase) -> dict[str, Any]:
 def _bind(model: Llama, result: dict[str, Any]) -> None:
     from sharded_spd import SPDConfig, attach
     from sharded_spd.engines.plain import ParameterAdapter
-    from sharded_spd.projection.verdict import Verdict
+    from sharded_spd.projection.reduction import Verdict
 
     # Ranks that only pretend say nothing in a reduction, not even that they are there.
     Verdict.read = lambda *_, **__: None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from math import prod
 from typing import Any
@@ -26,6 +26,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
     return tensor.detach()
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's parts."""
+    return [local_tensor(tensor) for tensor in tensors]
 
 
 def shard_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
@@ -104,6 +109,11 @@ def aligned_grad(param: Tensor) -> Tensor | None:
             with torch.no_grad():
                 param.grad = grad = grad.redistribute(placements=param.placements)
     return local_tensor(grad)
+
+
+def aligned_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """This rank's parts of the gradients; see `aligned_grad`."""
+    return [aligned_grad(param) for param in params]
 
 
 def align_grads(optimizer: Optimizer) -> None:

@@ -71,6 +71,11 @@ def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> P
     return Part(slices, shapes, -(-total // world), group, group, local=shard)
 
 
+def bucket_watch() -> BucketWatch | None:
+    """One, where fairscale is in use."""
+    return BucketWatch() if "fairscale" in sys.modules else None
+
+
 class BucketWatch:
     """Warns once where gradients lie outside of the buffers in which ShardedDataParallel reduces them.
 

@@ -24,14 +24,15 @@ from sharded_spd.engines.base import keep, made_up_name
 from sharded_spd.engines.dtensor import (
     Boxes,
     align_grads,
-    aligned_grad,
+    aligned_grads,
     as_dtensor,
     local_tensor,
+    local_tensors,
     mesh_groups,
     shard_groups,
     whole_slice,
 )
-from sharded_spd.engines.fairscale import BucketWatch
+from sharded_spd.engines.fairscale import BucketWatch, bucket_watch
 from sharded_spd.engines.model import ModelView, is_flat, replicas_of, view_model
 from sharded_spd.engines.param_refusals import (
     REAL,
@@ -45,7 +46,7 @@ from sharded_spd.engines.param_refusals import (
 from sharded_spd.engines.partitioned import names_of
 from sharded_spd.engines.parts import Part, gather_whole, take_part
 from sharded_spd.engines.process_groups import known_groups, scopes_of
-from sharded_spd.engines.replaced import ModelWatch, check_replaced
+from sharded_spd.engines.replaced import check_replaced, check_still_there
 from sharded_spd.engines.stages import is_stage
 from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.sharding.layout import BoundShard, ShardLayout, ShardSlice
@@ -105,7 +106,8 @@ class ParameterAdapter:
         self._replicas = group
         self._wholes, self._everywhere = tuple(wholes), everywhere
         self._num_groups: list[int] = []
-        self._buckets, self._watch = BucketWatch(), ModelWatch()
+        self._buckets: BucketWatch | None = None
+        self._idle: dict[Optimizer, bool] = {}
         self._view = ModelView()
         self._model: Callable[[], Module | None] = lambda: None
         self._no_model = False
@@ -210,7 +212,7 @@ class ParameterAdapter:
             for before, now in zip(self._parts[param].slices, part.slices, strict=False)
         }
         self._parts, self._pieces, self.params, self.named = parts, pieces, params, named
-        self._lineups, self._watch = {}, ModelWatch()
+        self._lineups, self._idle, self._buckets = {}, {}, bucket_watch()
         self._dtypes = {param: param.dtype for param in parts}
         self._num_groups = [len(whole.param_groups) for whole in self._wholes]
         self._groups = list(dict.fromkeys(group for part in parts.values() for group in part.groups))
@@ -287,13 +289,17 @@ class ParameterAdapter:
             lineup = self._line_up(optimizer)
             if grads:
                 self._lineups[optimizer] = lineup
-        for shard, param, part in lineup.rows:
-            local = param if part.local is None else part.local()
-            shard.tensor = local = local_tensor(local) if isinstance(local, DTensor) else local
+        weights = [param if part.local is None else part.local() for _, param, part in lineup.rows]
+        sharded = [i for i, weight in enumerate(weights) if isinstance(weight, DTensor)]
+        for i, local in zip(sharded, local_tensors([weights[i] for i in sharded]), strict=True):
+            weights[i] = local
+        found = self._grads(lineup) if grads else [None] * len(weights)
+        for (shard, param, part), local, grad in zip(lineup.rows, weights, found, strict=True):
+            shard.tensor = local
             if local.numel() != part.numel or (part.numel and local.data_ptr() == 0):
                 raise_moved(param, local, part)
             shard.requires_grad = param.requires_grad
-            shard.grad = self._grad(param, part) if grads and param.grad is not None else None
+            shard.grad = grad
             shard.has_state = shard.has_state or bool(optimizer.state.get(param))
             if grads and local.dtype != self._dtypes[param]:
                 check_dtype(local.dtype, self._dtypes[param], shard)
@@ -301,10 +307,14 @@ class ParameterAdapter:
         for name, param in lineup.alone if grads else ():
             if param.grad is not None:
                 raise_unreal(name, param)
-        if grads:
+        shards = lineup.shards
+        if grads and self._buckets is not None:
             self._buckets.look(self._parts)
-            self._watch.look(optimizer, self._model(), lineup.shards, self._parts)
-        return lineup.shards
+        idle = all(shard.grad is None for shard in shards)
+        if grads and idle is not self._idle.get(optimizer):
+            check_still_there(optimizer, self._model(), idle, self._idle.get(optimizer), self._parts)
+            self._idle[optimizer] = idle
+        return shards
 
     def _line_up(self, optimizer: Optimizer) -> _Lineup:
         rows, alone = [], []
@@ -327,13 +337,20 @@ class ParameterAdapter:
         return _Lineup(rows, alone, [(group, list(group["params"])) for group in optimizer.param_groups])
 
     @staticmethod
-    def _grad(param: Tensor, part: Part) -> Tensor | None:
-        if param.grad is not None and param.grad.layout != torch.strided:
-            raise UnsupportedError(
-                f"layer {part.slices[0].layer!r} has a sparse gradient ({param.grad.layout}); wanted a dense "
-                "one: construct the embedding with sparse=False"
-            )
-        return aligned_grad(param) if isinstance(param, DTensor) else param.grad
+    def _grads(lineup: _Lineup) -> list[Tensor | None]:
+        """The local gradients."""
+        for _, param, part in lineup.rows:
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise UnsupportedError(
+                    f"layer {part.slices[0].layer!r} has a sparse gradient ({param.grad.layout}); wanted a "
+                    "dense one: construct the embedding with sparse=False"
+                )
+        found = [param.grad for _, param, _ in lineup.rows]
+        sharded = [i for i, (_, param, _) in enumerate(lineup.rows) if isinstance(param, DTensor)]
+        aligned = aligned_grads([lineup.rows[i][1] for i in sharded])
+        for i, grad in zip(sharded, aligned, strict=True):
+            found[i] = grad
+        return found
 
     def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
         """One call, of everything."""

@@ -11,40 +11,38 @@ from torch.optim import Optimizer
 from sharded_spd.engines.model import ModelView, view_model
 from sharded_spd.engines.parts import Part
 from sharded_spd.errors import BindingError
-from sharded_spd.sharding.layout import BoundShard
 
 
-class ModelWatch:
-    """Looks whether the model still has what is stepped: at the first step, and when all gradients cease."""
+def check_still_there(
+    optimizer: Optimizer,
+    model: Module | None,
+    idle: bool,
+    before: bool | None,
+    parts: Mapping[Tensor, Part],
+) -> None:
+    """Look whether the model still has what is stepped: at the first step, and when all gradients cease.
 
-    def __init__(self) -> None:
-        self._idle: dict[Optimizer, bool] = {}
+    Args:
+        optimizer: about to step.
+        model: as it is now, if it is known.
+        idle: whether it has no gradient at all.
+        before: the same of the step before; None: there was none.
+        parts: all that is bound.
 
-    def look(
-        self,
-        optimizer: Optimizer,
-        model: Module | None,
-        shards: Sequence[BoundShard],
-        parts: Mapping[Tensor, Part],
-    ) -> None:
-        """Look at `model` before a step; `shards` have their gradients, `parts` are all that is bound.
-
-        Raises:
-            BindingError: for a layer in whose place the model has another parameter.
-        """
-        idle, before = all(shard.grad is None for shard in shards), self._idle.get(optimizer)
-        self._idle[optimizer] = idle
-        if model is None or not (before is None or (idle and not before)):
-            return
-        now = set(model.parameters())
-        lost = {
-            param: [piece.layer for piece in parts[param].slices]
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if param in parts and param not in now and param.grad is None
-        }
-        if lost:  # or gathered, or taken out of the modules for a while, as FSDP does
-            check_replaced(lost, view_model(model), parts, type(optimizer).__name__)
+    Raises:
+        BindingError: for a layer in whose place the model has another parameter.
+    """
+    if model is None or not (before is None or idle):
+        return
+    now = set(model.parameters())
+    lost = {
+        param: [piece.layer for piece in parts[param].slices]
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param in parts and param not in now and param.grad is None
+    }
+    if lost:  # or gathered, or taken out of the modules for a while, as FSDP does
+        check_replaced(lost, view_model(model), parts, type(optimizer).__name__)
 
 
 def check_replaced(

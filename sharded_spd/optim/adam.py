@@ -19,12 +19,12 @@ from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.errors import BindingError
 from sharded_spd.optim.fused_adam import Lists, fused_adam, may_fuse
 from sharded_spd.optim.param_groups import (
+    LET_GO,
     check_fingerprint,
     compare_groups,
     count_layers,
     fuses_decay,
     group_rests,
-    keep_shown,
     listed,
     num_layers,
     take_group,
@@ -202,7 +202,7 @@ class AdamSPD(Adam):
     def _bind_added(self) -> None:
         """Bind the groups that were added since the last binding, or take them out again."""
         added, refused = len(self._specs) > self._num_bound, self._refused
-        if not self.projector.bound or not (added or refused):
+        if not (added or refused) or not self.projector.bound:
             return
         self._refused = None
         try:
@@ -235,7 +235,7 @@ class AdamSPD(Adam):
         decays = frozenset(
             id(group)
             for spec, group in zip(self._specs, self.param_groups, strict=False)
-            if fuses_decay(spec, group)
+            if group["fused"] and fuses_decay(spec, group)
         )
         step = self.projector.before_step(self, sums_later=fuse, base_decays=decays)
         try:
@@ -251,8 +251,7 @@ class AdamSPD(Adam):
         gathered = [self._gather(group) for group in self.param_groups]
         if step is not None:
             done = fused_adam(self, step, gathered)
-            with step.trying():
-                step.add_before()
+            step.add_before()
         for group, lists in zip(self.param_groups, gathered, strict=True):
             self._adam(group, lists, done, decays=id(group) in decays)
 
@@ -263,11 +262,13 @@ class AdamSPD(Adam):
             if own is not None and spec.unchecked is not None and not group_rests(spec, group):
                 check_fingerprint(spec.unchecked, own, group=g, num_params=count_layers(group))
                 spec.unchecked = None
-            if own is not None and self._adapter.replicas is not None:
-                check_fingerprint(
-                    group.get("anchor_fingerprint", own), own, group=g, num_params=num_layers(own)
-                )
-            keep_shown(group, spec)
+            theirs = group.get("anchor_fingerprint", own)
+            if own is not None and theirs not in (own, None) and self._adapter.replicas is not None:
+                check_fingerprint(theirs, own, group=g, num_params=num_layers(own))
+            # ZeroRedundancyOptimizer and OSS copy the whole group's keys to the shares before each step.
+            group.update(spec.shown)
+            if "pre" in group:
+                group["pre"] = LET_GO
 
     def _gather(self, group: dict[str, Any]) -> Lists:
         """Of a group; state is made where missing."""

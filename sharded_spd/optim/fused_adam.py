@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sharded_spd.engines.dtensor import local_tensor
+from sharded_spd.engines.dtensor import local_tensors
 from sharded_spd.kernels import ADAM_NUMBERS, Backend, Moments, written
-from sharded_spd.projection.items import Item
+from sharded_spd.projection.slices import LocalSlice
 from sharded_spd.projection.step import Step
 
 Lists = list[list[Tensor]]
@@ -45,76 +45,85 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
 
     What comes back are these parameters; torch has to step the others. `gathered` is one entry per group.
     """
-    items: list[Item] = []
+    slices: list[LocalSlice] = []
     moments: list[Moments] = []
     numbers: list[Tensor] = []
     done: set[Tensor] = set()
     outer: list[Tensor] = []
-    steppable = step.steppable()
-    for group, (params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in zip(
-        optimizer.param_groups, gathered, strict=True
-    ):
-        fixed = not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"], group["eps"]))
+    fusable = step.fusable()
+    for group, lists in zip(optimizer.param_groups, gathered, strict=True):
         counts: list[Tensor] = []
-        owned: list[int] = []
-        for i, param in enumerate(params):
-            own = steppable.get(param)
-            # Half precision is stepped in it where torch's fused step is not asked for.
-            if own is None or not (group["fused"] or param.dtype in _EXACT):
-                continue
-            state = Moments(*map(_here, (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])))
-            if (fixed or not steps[i].is_cpu) and _may_step(state, own[0].backend):
-                done.add(param)
-                whole = (param, exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
-                outer += [t for t in whole if isinstance(t, DTensor)]
-                counts.append(steps[i])
-                owned.append(len(own))
-                items += own
-                moments += [state] * len(own)
+        num_slices: list[int] = []
+        for i, state in _states(group, lists, fusable):
+            param, pieces = lists[0][i], fusable[lists[0][i]]
+            done.add(param)
+            whole = (param, *(kind[i] for kind in lists[2:5] if kind))
+            outer += [t for t in whole if isinstance(t, DTensor)]
+            counts.append(lists[5][i])
+            num_slices.append(len(pieces))
+            slices += pieces
+            moments += [state] * len(pieces)
         if counts:
-            numbers.append(_numbers(group, counts, owned, items[-1].tensors.weight.device))
-    if items:
-        step.adam_(items, moments, torch.cat(numbers))
+            numbers.append(_numbers(group, counts, num_slices, slices[-1].tensors.weight.device))
+    if slices:
+        step.adam_(slices, moments, torch.cat(numbers))
         # A DTensor and its local tensor count apart, and it is the DTensor that autograd has saved.
         written(outer)
     return done
 
 
-def _here(state: Tensor) -> Tensor:
-    return local_tensor(state) if isinstance(state, DTensor) else state
-
-
-def _may_step(state: Moments, backend: Backend) -> bool:
-    one_dtype = len({t.dtype for t in state.tensors if t is not None}) == 1
-    return one_dtype and backend.takes(*state.tensors)
+def _states(
+    group: Mapping[str, Any], lists: Lists, fusable: Mapping[Tensor, Sequence[LocalSlice]]
+) -> list[tuple[int, Moments]]:
+    """Of a group's parameters those that the kernels step, by their place, with this rank's moments."""
+    params, _, *states, steps = lists
+    fixed = not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"], group["eps"]))
+    # Half precision is stepped in it where torch's fused step is not asked for.
+    places = [
+        i
+        for i, param in enumerate(params)
+        if param in fusable and (group["fused"] or param.dtype in _EXACT) and (fixed or not steps[i].is_cpu)
+    ]
+    kinds = [kind for kind in states if kind]
+    local = local_tensors([kind[i] for i in places for kind in kinds])
+    rows = [local[at : at + len(kinds)] for at in range(0, len(local), max(len(kinds), 1))]
+    found: dict[Backend, list[tuple[int, list[Tensor]]]] = {}
+    for i, row in zip(places, rows, strict=True):
+        if len({t.dtype for t in row}) == 1:
+            found.setdefault(fusable[params[i]][0].backend, []).append((i, row))
+    taken = []
+    for backend, own in found.items():
+        all_taken = backend.takes(*(t for _, row in own for t in row))
+        taken += own if all_taken else [(i, row) for i, row in own if backend.takes(*row)]
+    return [(i, Moments(*row)) for i, row in sorted(taken, key=lambda entry: entry[0])]
 
 
 def _numbers(
-    group: Mapping[str, Any], counts: list[Tensor], owned: Sequence[int], device: torch.device
+    group: Mapping[str, Any], counts: list[Tensor], num_slices: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Count the step (`counts` are modified in place), and give each item its row of Adam's numbers."""
+    """Count the step (`counts` are modified in place), and give each slice its row of Adam's numbers."""
     if counts[0].is_cpu:
         # By a tensor, as torch does on CPU: a number would be made a tensor once per parameter.
         torch._foreach_add_(counts, torch.ones(()), alpha=1.0)
-        numbers = _on_host(group, torch.stack(counts).tolist(), owned)
+        numbers = _on_host(group, torch.stack(counts).tolist(), num_slices)
         return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
     torch._foreach_add_(counts, 1)
-    return _on_device(group, torch.stack(counts), owned)
+    return _on_device(group, torch.stack(counts), num_slices)
 
 
-def _on_host(group: Mapping[str, Any], counts: Sequence[float], owned: Sequence[int]) -> Tensor:
+def _on_host(group: Mapping[str, Any], counts: Sequence[float], num_slices: Sequence[int]) -> Tensor:
     made: dict[float, bytes] = {}
     beta1, beta2 = group["betas"]
     rows = []
-    for count, num_items in zip(counts, owned, strict=True):
+    for count, num in zip(counts, num_slices, strict=True):
         if count not in made:
             step_size, root = group["lr"] / (1 - beta1**count), math.sqrt(1 - beta2**count)
             made[count] = struct.pack("=5d", beta1, beta2, group["eps"], step_size, root)
-        rows.append(made[count] * num_items)
+        rows.append(made[count] * num)
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float64).view(-1, len(ADAM_NUMBERS))
 
 
-def _on_device(group: Mapping[str, Any], counts: Tensor, owned: Sequence[int]) -> Tensor:
+def _on_device(group: Mapping[str, Any], counts: Tensor, num_slices: Sequence[int]) -> Tensor:
     """The same where the counts are on a device, as with torch's fused and capturable steps: no waiting."""
     counts = counts.double()
     beta1, beta2, eps, lr = (
@@ -123,6 +132,6 @@ def _on_device(group: Mapping[str, Any], counts: Tensor, owned: Sequence[int]) -
     )
     columns = (beta1, beta2, eps, lr / (1 - beta1**counts), (1 - beta2**counts).sqrt())
     rows = torch.stack([column.expand_as(counts) for column in columns], dim=1)
-    if all(num_items == 1 for num_items in owned):
+    if all(num == 1 for num in num_slices):
         return rows
-    return torch.cat([row.expand(num_items, -1) for row, num_items in zip(rows.split(1), owned, strict=True)])
+    return torch.cat([row.expand(num, -1) for row, num in zip(rows.split(1), num_slices, strict=True)])

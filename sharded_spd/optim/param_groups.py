@@ -17,7 +17,7 @@ from sharded_spd.rules import make_rule
 from sharded_spd.rules.decay import Decay
 from sharded_spd.sharding.names import clean_fqns
 
-_LET_GO = "bound"
+LET_GO = "bound"
 _SHARES = "(ZeroRedundancyOptimizer and OSS give each rank a part of the parameters, but the whole lists)"
 
 
@@ -80,16 +80,6 @@ def _take_pre(group: dict[str, Any]) -> list[Any] | None:
             f"got pre {given!r}, which only says that a group's anchors were given; give them again"
         )
     return None if given is None else list(given)
-
-
-def keep_shown(group: dict[str, Any], spec: GroupSpec) -> None:
-    """Undo what an optimizer around this one has copied over names and anchors (modified in place).
-
-    ZeroRedundancyOptimizer and OSS copy the whole group's keys to the shares before each step.
-    """
-    group.update(spec.shown)
-    if "pre" in group:
-        group["pre"] = _LET_GO
 
 
 def check_scalars(group: Mapping[str, Any]) -> None:

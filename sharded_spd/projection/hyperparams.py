@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -12,44 +12,101 @@ from torch import Tensor
 
 from sharded_spd.binding.records import Binding
 from sharded_spd.errors import ConfigError, UnsupportedError
-from sharded_spd.projection.hostvec import HostVector
-from sharded_spd.projection.layers import Plan
 from sharded_spd.sharding.layout import BoundShard
 
 
-class Scalars:
+class HostVector:
+    """A vector on `device` made of host numbers and 0-d device tensors; float64 unless said otherwise."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float64) -> None:
+        self._device = device
+        self._host: list[Any] = []
+        self._vector = torch.empty(0, dtype=dtype, device=device)
+
+    def update(self, values: Sequence[float | Tensor]) -> Tensor:
+        """The vector of `values`, `[len(values)]`; no upload where they are the last ones."""
+        on_device = {i: v for i, v in enumerate(values) if isinstance(v, Tensor) and v.device.type != "cpu"}
+        vector = self.update_numbers([0.0 if i in on_device else float(v) for i, v in enumerate(values)])
+        if not on_device:
+            return vector
+        vector = vector.clone()
+        for i, value in on_device.items():
+            vector[i] = value.to(device=self._device, dtype=vector.dtype)
+        return vector
+
+    def update_numbers(self, numbers: list[Any]) -> Tensor:
+        """The same of host numbers alone."""
+        if numbers != self._host:
+            self._host = numbers
+            upload = torch.tensor(numbers, dtype=self._vector.dtype, pin_memory=self._device.type == "cuda")
+            self._vector = upload.to(self._device, non_blocking=True)
+        return self._vector
+
+
+class StepScalars(NamedTuple):
+    """What a step is told, float64 `[num_layers]` each; `moves` whether it moves any layer.
+
+    `moves` is as far as the host can tell: with a gradient and a learning rate.
+    """
+
+    lr: Tensor
+    weight_decay: Tensor
+    max_pull: Tensor
+    has_grad: Tensor
+    moves: bool
+
+
+class Hyperparams:
     """lr, lambda and the bound of the pull of each layer, and which have a gradient.
 
     Layers of one group with one setting share their scalars: each is read once.
+
+    Args:
+        column: each layer's place in the plan.
+        scopes: the layers of each scope of the plan.
+        device: of the plan.
+        binding: the layers' settings.
+        shards: what one call of the optimizer steps.
     """
 
-    def __init__(self, plan: Plan, binding: Binding, shards: Sequence[BoundShard]) -> None:
+    def __init__(
+        self,
+        column: Mapping[str, int],
+        scopes: Sequence[Sequence[str]],
+        device: torch.device,
+        binding: Binding,
+        shards: Sequence[BoundShard],
+    ) -> None:
         kinds: dict[tuple[int, float | None, float | None], int] = {}
         self._kinds: list[tuple[Any, float | None, float | None, str]] = []
-        kind_of, shard_of = [0] * len(plan.fqns), [0] * len(plan.fqns)
+        kind_of, shard_of = [0] * len(column), [0] * len(column)
+        decays = [False] * len(column)
         for position, shard in enumerate(shards):
             for piece in shard.slices:
-                own, column = binding.options[piece.layer], plan.column[piece.layer]
-                key = (id(shard.param_group), own.weight_decay, own.max_pull)
+                settings, at = binding.options[piece.layer], column[piece.layer]
+                key = (id(shard.param_group), settings.weight_decay, settings.max_pull)
                 if key not in kinds:
                     kinds[key] = len(kinds)
-                    self._kinds.append((shard.param_group, own.weight_decay, own.max_pull, piece.layer))
-                kind_of[column], shard_of[column] = kinds[key], position
+                    scalars = (settings.weight_decay, settings.max_pull, piece.layer)
+                    self._kinds.append((shard.param_group, *scalars))
+                kind_of[at], shard_of[at], decays[at] = kinds[key], position, settings.rule.spec.decays
         # What is to be alike on the ranks of a scope: the kinds of its layers, each run of them once.
         self._kinds_of_scopes = [
-            [kind for kind, _ in groupby(kind_of[plan.column[fqn]] for fqn in scope.fqns)]
-            for scope in plan.scopes
+            [kind for kind, _ in groupby(kind_of[column[fqn]] for fqn in fqns)] for fqns in scopes
         ]
         self._last: list[Any] = []
-        self.checksums: list[int] = [0] * len(plan.scopes)
+        self.checksums: list[int] = [0] * len(scopes)
         """Of the scalars that were read last, one per scope of the plan."""
-        self._kind_of = torch.tensor(kind_of, dtype=torch.long, device=plan.device)
-        self._shard_of = torch.tensor(shard_of, dtype=torch.long, device=plan.device)
-        self._vectors = [HostVector(plan.device) for _ in range(3)]
-        self._has_grad, self._has_state = HostVector(plan.device), HostVector(plan.device)
+        self.has_strength: list[bool] = []
+        """Whether each layer may be pulled now, as far as the host can tell: lambda is not the number 0."""
+        self._kinds_of_layers, self._decays = kind_of, decays
+        self._kind_of = torch.tensor(kind_of, dtype=torch.long, device=device)
+        self._shard_of = torch.tensor(shard_of, dtype=torch.long, device=device)
+        self._vectors = [HostVector(device) for _ in range(3)]
+        self._has_grad, self._has_state = HostVector(device), HostVector(device)
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Learning rate, lambda and bound of the pull now, float64 `[num_layers]` each.
+    def read(self, shards: Sequence[BoundShard]) -> StepScalars:
+        """What the param groups say now.
 
         Raises:
             ConfigError: for one out of range, with the name of a layer that has it.
@@ -62,9 +119,16 @@ class Scalars:
             _check(layer, group.get("lr"), decay, limit)
             values.append((group["lr"], decay, limit))
         columns = list(zip(*values, strict=True)) if values else [()] * 3
-        self._sum_up([tuple(map(_told, own)) for own in values])
+        self._sum_up([tuple(map(_told, scalars)) for scalars in values])
         lr, decay, limit = (v.update(c)[self._kind_of] for v, c in zip(self._vectors, columns, strict=True))
-        return lr, decay, limit
+        with_grad = [shard.grad is not None for shard in shards]
+        groups = {id(s.param_group): s.param_group for s, has in zip(shards, with_grad, strict=True) if has}
+        moves = any(isinstance(g["lr"], Tensor) or g["lr"] != 0 for g in groups.values())
+        has_grad = self._has_grad.update_numbers(with_grad)[self._shard_of]
+        strong = [isinstance(decay, Tensor) or decay != 0 for _, decay, _ in values]
+        pairs = zip(self._kinds_of_layers, self._decays, strict=True)
+        self.has_strength = [decays or strong[kind] for kind, decays in pairs]
+        return StepScalars(lr, decay, limit, has_grad, moves)
 
     def _sum_up(self, values: list[Any]) -> None:
         if values != self._last:
@@ -77,22 +141,13 @@ class Scalars:
         """The scalars that were read last, by the first layer that has them; for messages."""
         return {
             f"{name} of {layer!r}": value
-            for (*_, layer), own in zip(self._kinds, self._last, strict=False)
-            for name, value in zip(("lr", "weight_decay", "max_pull"), own, strict=True)
+            for (*_, layer), scalars in zip(self._kinds, self._last, strict=False)
+            for name, value in zip(("lr", "weight_decay", "max_pull"), scalars, strict=True)
         }
-
-    def has_grad(self, shards: Sequence[BoundShard]) -> Tensor:
-        """1 for the layers with a gradient on this rank, float64 `[num_layers]`."""
-        return self._has_grad.update_numbers([shard.grad is not None for shard in shards])[self._shard_of]
 
     def has_state(self, shards: Sequence[BoundShard]) -> Tensor:
         """1 for the layers that the base optimizer has stepped before, float64 `[num_layers]`."""
         return self._has_state.update_numbers([shard.has_state for shard in shards])[self._shard_of]
-
-    def moves(self, shards: Sequence[BoundShard]) -> bool:
-        """Whether any layer has a gradient and a learning rate, as far as the host can tell."""
-        with_grad = {id(s.param_group): s.param_group for s in shards if s.grad is not None}
-        return any(isinstance(g["lr"], Tensor) or g["lr"] != 0 for g in with_grad.values())
 
 
 def _told(value: Any) -> float | None:

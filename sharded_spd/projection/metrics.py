@@ -18,8 +18,7 @@ from torch.distributed import ProcessGroup
 from sharded_spd.binding import warnings as warn
 from sharded_spd.binding.records import Binding, flat
 from sharded_spd.errors import ConfigError
-from sharded_spd.projection.hostvec import LateScalar
-from sharded_spd.projection.layers import Plan
+from sharded_spd.projection.layers import LayerTable
 from sharded_spd.rules.statistics import CHUNK, fixed_sum
 from sharded_spd.sharding.collectives import flood, union
 from sharded_spd.sharding.layout import BoundShard
@@ -65,7 +64,7 @@ class Monitor:
         """Note an inner step: whether it moves a layer, and which layers `[num_layers]` a scaler skipped."""
         self._counter.note(moves, skipped)
 
-    def step(self, plans: Sequence[Plan], norms: Mapping[str, float]) -> None:
+    def step(self, plans: Sequence[LayerTable], norms: Mapping[str, float]) -> None:
         """Note that an engine step is done; one in which nothing moved, as far as the host knows, is none."""
         if not self._counter.step():
             return
@@ -83,19 +82,19 @@ class Monitor:
                 warn.about_telemetry(self._path, error)
 
     def metrics(
-        self, plans: Sequence[Plan], norms: Mapping[str, float], ranks: ProcessGroup | None = None
+        self, plans: Sequence[LayerTable], norms: Mapping[str, float], ranks: ProcessGroup | None = None
     ) -> dict[str, Any]:
         """Numbers of the last engine step, of the layers of all `ranks` together; waits for the device."""
         reports = [
-            (part.fqns, plan.reports[p])
+            (layers.fqns, plan.reports[layers.number])
             for plan in plans
-            for p, part in enumerate(plan.parts)
-            if p in plan.reports and part.rule.spec.anchored
+            for layers in plan.rules
+            if layers.number in plan.reports and layers.rule.spec.anchored
         ]
         frozen = {fqn for plan in plans for fqn in plan.frozen}
         return {"step": self.num_steps, **summarize(union(numbers_of(reports, norms, frozen), ranks))}
 
-    def _watch(self, plans: Sequence[Plan]) -> None:
+    def _watch(self, plans: Sequence[LayerTable]) -> None:
         """Warn once of a pull beyond 1; on a GPU some steps late rather than wait for it."""
         if self._warned:
             return
@@ -112,6 +111,34 @@ class Monitor:
         if excess is not None and excess > 1:
             self._warned = True
             warn.about_excess(excess)
+
+
+class LateScalar:
+    """A number that is computed on the device now and read on the host later, without waiting for it."""
+
+    def __init__(self) -> None:
+        self._copy: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def post(self, value: Tensor) -> None:
+        """Start copying a 0-d tensor; a copy under way is left to finish first."""
+        if self._copy is not None:
+            return
+        if value.device.type == "cuda":
+            self._copy = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._copy.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._copy = value.clone()
+
+    def take(self) -> float | None:
+        """The posted number once it has arrived, else None."""
+        if self._copy is None or (self._event is not None and not self._event.query()):
+            return None
+        number = float(self._copy)
+        self._copy = self._event = None
+        return number
 
 
 class StepCounter:

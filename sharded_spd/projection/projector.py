@@ -20,9 +20,9 @@ from sharded_spd.binding.records import Binding, HeldAnchor, LayerSettings, Reso
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import BindingError
 from sharded_spd.kernels import backend_names
-from sharded_spd.projection.layers import Plan
 from sharded_spd.projection.metrics import Monitor, is_first, measure_deviation
 from sharded_spd.projection.rule_state import Moves, export_layers, find_layers, stateful_layers
+from sharded_spd.projection.slices import StepPlan
 from sharded_spd.projection.stepper import Calls, Plans, Stepper
 from sharded_spd.sharding.collectives import agree, agree_and_tell, difference, union
 from sharded_spd.sharding.layout import BoundShard, ShardLayout
@@ -70,11 +70,6 @@ class Projector(Stepper):
         self._detached = False
         if not deferred:
             self._bind(None, required=False)
-
-    @property
-    def bound(self) -> bool:
-        """Whether the anchors are bound."""
-        return self._binding is not None
 
     @property
     def num_steps(self) -> int:
@@ -204,9 +199,7 @@ class Projector(Stepper):
         pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
         devices = {shard.tensor.device.type for shard in pulled}
 
-        def finish() -> tuple[
-            dict[tuple[str, ...], Plan], dict[Optimizer, list[Plan]], Found, dict[str, str]
-        ]:
+        def finish() -> tuple[Plans, Calls, Found, dict[str, str]]:
             self._vouch(binding, renamed)
             plans, calls = self._make_plans(binding, renamed)
             return plans, calls, self._find_state(self._loaded, plans.values()), backend_names(devices)
@@ -221,7 +214,6 @@ class Projector(Stepper):
         if vet is not None:
             vet(binding)
         self._binding, self._plans, self._calls, self._stateful = binding, plans, calls, stateful
-        self._rosters.clear()
         self._turns.clear()
         self._adapter.mark(binding.fingerprint)
         warn.about_anchors(binding)
@@ -266,7 +258,7 @@ class Projector(Stepper):
 
     def _make_plans(self, binding: Binding, renamed: Mapping[str, str]) -> tuple[Plans, Calls]:
         """All plans of a new binding, with the state of those in force, and those of each optimizer."""
-        plans: dict[tuple[str, ...], Plan] = {}
+        plans: Plans = {}
         calls = {
             o: [self._plan(call, binding, plans, renamed) for call in self._adapter.inner_steps(o)]
             for o in self._adapter.optimizers
@@ -360,7 +352,7 @@ class Projector(Stepper):
         """Told to the other ranks, for the count of one may be another: it decides what the guard sends."""
         return {_STEPPED: ""} if state_dict.get("num_steps", 0) else {}
 
-    def _find_state(self, state_dict: Mapping[str, Any], plans: Iterable[Plan]) -> Found:
+    def _find_state(self, state_dict: Mapping[str, Any], plans: Iterable[StepPlan]) -> Found:
         num_steps = int(state_dict.get("num_steps", self.num_steps))
         return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_spd.binding.records import cut
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import BindingError
-from sharded_spd.projection.layers import Plan
+from sharded_spd.projection.layers import LayerTable
 
 Layers = dict[str, dict[str, Any]]
 """By FQN: "layer.NAME" a 0-d float64 tensor, "shard.NAME" a tensor like the parameter."""
@@ -20,13 +20,13 @@ Moves = list[tuple[Tensor, Tensor]]
 """Pairs of a target and what it shall become."""
 
 
-def export_layers(plans: Iterable[Plan], adapter: EngineAdapter) -> Layers:
+def export_layers(plans: Iterable[LayerTable], adapter: EngineAdapter) -> Layers:
     """The state of every layer whose rule has any; the same keys on every rank."""
     layers: Layers = {}
     for plan in plans:
-        for part in plan.parts:
-            for i, fqn in enumerate(part.fqns):
-                own = {f"layer.{name}": values[i].clone() for name, values in part.state.items()}
+        for rule_layers in plan.rules:
+            for i, fqn in enumerate(rule_layers.fqns):
+                own = {f"layer.{name}": values[i].clone() for name, values in rule_layers.state.items()}
                 for name, values in plan.shard_states.get(fqn, {}).items():
                     own[f"shard.{name}"] = adapter.export(fqn, values)
                 if own:
@@ -34,13 +34,13 @@ def export_layers(plans: Iterable[Plan], adapter: EngineAdapter) -> Layers:
     return layers
 
 
-def stateful_layers(plans: Iterable[Plan]) -> dict[str, None]:
+def stateful_layers(plans: Iterable[LayerTable]) -> dict[str, None]:
     """The layers whose rule declares state."""
-    specs = [(part.fqns, part.rule.spec) for plan in plans for part in plan.parts]
+    specs = [(rule_layers.fqns, rule_layers.rule.spec) for plan in plans for rule_layers in plan.rules]
     return {fqn: None for fqns, spec in specs if spec.layer_state or spec.shard_state for fqn in fqns}
 
 
-def find_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mapping[str, Any]) -> Moves:
+def find_layers(plans: Iterable[LayerTable], adapter: EngineAdapter, layers: Mapping[str, Any]) -> Moves:
     """Where each part of exported state is to go; nothing is changed yet.
 
     Raises:
@@ -49,10 +49,10 @@ def find_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mapping[s
     """
     moves: Moves = []
     for plan in plans:
-        for part in plan.parts:
-            for i, fqn in enumerate(part.fqns):
+        for rule_layers in plan.rules:
+            for i, fqn in enumerate(rule_layers.fqns):
                 saved = layers.get(fqn, {})
-                for name, values in part.state.items():
+                for name, values in rule_layers.state.items():
                     if f"layer.{name}" not in saved:
                         continue
                     number = torch.as_tensor(saved[f"layer.{name}"])
@@ -77,22 +77,22 @@ def find_layers(plans: Iterable[Plan], adapter: EngineAdapter, layers: Mapping[s
 
 
 def move_layers(
-    old: Iterable[Plan],
-    new: Iterable[Plan],
+    old: Iterable[LayerTable],
+    new: Iterable[LayerTable],
     shapes: Mapping[str, tuple[int, ...]],
     renamed: Mapping[str, str],
 ) -> None:
     """Carry state from the plans of one binding to those of the next (modified in place)."""
-    targets = {fqn: (plan, *plan.part_of[fqn]) for plan in new for fqn in plan.fqns}
+    targets = {fqn: (plan, *plan.layers_of[fqn]) for plan in new for fqn in plan.fqns}
     for plan in old:
         for fqn in plan.fqns:
             name = renamed.get(fqn, fqn)
             if name not in targets:
                 continue
-            target, part, i = targets[name]
-            source, j = plan.part_of[fqn]
-            for key in part.state.keys() & source.state.keys():
-                part.state[key][i] = source.state[key][j]
+            target, rule_layers, i = targets[name]
+            source, j = plan.layers_of[fqn]
+            for key in rule_layers.state.keys() & source.state.keys():
+                rule_layers.state[key][i] = source.state[key][j]
             for key, values in plan.shard_states.get(fqn, {}).items():
                 if key in target.shard_states.get(name, {}):
                     piece = target.pieces[name]

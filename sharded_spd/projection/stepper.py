@@ -17,19 +17,17 @@ from sharded_spd.binding.records import Binding
 from sharded_spd.binding.unbound import check_unbound
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
-from sharded_spd.projection.hostvec import is_capturing
-from sharded_spd.projection.layers import Heard, Plan, reduce_together_
 from sharded_spd.projection.metrics import Monitor
-from sharded_spd.projection.roster import Roster
+from sharded_spd.projection.reduction import Evidence, Heard, Verdict, reduce_together_
 from sharded_spd.projection.rule_state import move_layers
+from sharded_spd.projection.slices import StepPlan
 from sharded_spd.projection.step import Step
-from sharded_spd.projection.verdict import Evidence, Verdict
 from sharded_spd.sharding.layout import BoundShard
 
-Plans = dict[tuple[str, ...], Plan]
+Plans = dict[tuple[str, ...], StepPlan]
 """By the layers that step together."""
 
-Calls = dict[Optimizer, list[Plan]]
+Calls = dict[Optimizer, list[StepPlan]]
 """Of each optimizer, the plans of its calls within one engine step, in their order."""
 
 
@@ -44,7 +42,6 @@ class Stepper:
         self._plans: Plans = {}
         self._calls: Calls = {}
         self._turns: dict[Optimizer, int] = {}
-        self._rosters: dict[tuple[str, ...], Roster] = {}
         self._steps: dict[Optimizer, Step] = {}
         self._waiting: list[Step] = []
         self._verdicts: list[Verdict] = []
@@ -52,9 +49,14 @@ class Stepper:
 
     def _clear(self) -> None:
         """Drop what is bound and under way."""
-        for own in (self._steps, self._waiting, self._verdicts, self._calls, self._plans, self._rosters):
+        for own in (self._steps, self._waiting, self._verdicts, self._calls, self._plans):
             own.clear()
         self._binding = None
+
+    @property
+    def bound(self) -> bool:
+        """Whether the anchors are bound."""
+        return self._binding is not None
 
     @property
     def meets(self) -> bool:
@@ -72,24 +74,18 @@ class Stepper:
         self,
         shards: Sequence[BoundShard],
         binding: Binding,
-        plans: dict[tuple[str, ...], Plan],
+        plans: Plans,
         renamed: Mapping[str, str],
-    ) -> Plan:
+    ) -> StepPlan:
         """The one of `plans` for these shards; one that is made now (and added) takes over their state."""
         fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
         if fqns not in plans:
             device = shards[0].tensor.device if shards else torch.device("cpu")
-            plan = Plan(fqns, binding, device)
+            plan = StepPlan(fqns, binding, device)
             plan.prepare_shard_states(binding, shards)
             move_layers([*self._plans.values(), *plans.values()], [plan], binding.layout.shapes, renamed)
             plans[fqns] = plan
         return plans[fqns]
-
-    def _roster(self, plan: Plan, shards: Sequence[BoundShard]) -> Roster:
-        roster = self._rosters.get(plan.fqns)
-        if roster is None or not roster.fits(shards):
-            roster = self._rosters[plan.fqns] = Roster(plan, self._require(), shards)
-        return roster
 
     @torch.no_grad()
     def before_step(
@@ -113,19 +109,17 @@ class Stepper:
         step, shards = self._begin(optimizer)
         step.base_decays = base_decays
         self._turns[optimizer] = self._turns.get(optimizer, 0) + 1
-        if step.failure is None:
-            with step.trying():
-                step.prepare(self._roster(step.plan, shards), shards)
+        step.before(shards)
         if step.failure is not None and not step.meets:
             raise step.failure
-        try:
-            self._start(step)
-        except Exception:
-            step.release()
-            raise
+        if step.starts:
+            try:
+                self._start(step)
+            except Exception:
+                step.release()
+                raise
         if not sums_later:
-            with step.trying():
-                step.add_before()
+            step.add_before()
         self._steps[optimizer] = step
         if step.moves and self._binding.found.away:
             warn.about_start(self._binding, shards)
@@ -133,7 +127,7 @@ class Stepper:
 
     def _begin(self, optimizer: Optimizer) -> tuple[Step, Sequence[BoundShard]]:
         """A step of what `optimizer` holds now; where that cannot be told, of what it is expected to step."""
-        binding, failure, shards = self._require(), self._failure, []
+        failure, shards = self._failure, []
         calls = self._calls.get(optimizer, [])
         plan = calls[self._turns.get(optimizer, 0) % len(calls)] if calls else None
         try:
@@ -146,12 +140,12 @@ class Stepper:
             raise failure or BindingError(f"this {type(optimizer).__name__} was not bound; call bind()")
         if any(plan is step.plan for step in self._waiting):
             self._project()
-        step = Step(plan, binding, optimizer)
+        step = Step(plan, optimizer)
         if failure is not None:
             step.fail(failure)
         return step, shards
 
-    def _plan_of(self, shards: Sequence[BoundShard]) -> Plan:
+    def _plan_of(self, shards: Sequence[BoundShard]) -> StepPlan:
         fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
         if fqns not in self._plans and self._require().layout.scopes:
             raise BindingError(
@@ -167,8 +161,7 @@ class Stepper:
         heard = reduce_together_([step.early_reduction()])
         step.starts = False
         self._hear(heard, [], [step])
-        with step.trying():
-            step.edit()
+        step.edit()
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -192,8 +185,7 @@ class Stepper:
                     "the projection needs a gradient: call step() without a closure, after backward()"
                 ),
             )
-        with step.trying():
-            step.add_after()
+        step.add_after()
         self._waiting.append(step)
         last = self._adapter.boundary(optimizer)
         # Without a scope there is nothing to be reduced, and so nothing to wait for.
@@ -232,7 +224,7 @@ class Stepper:
                 if id(plan) not in done
             ]
             for optimizer, plan in rest:
-                step = Step(plan, self._require(), optimizer)
+                step = Step(plan, optimizer)
                 step.fail(BindingError("this rank ended its step early"), absent=True)
                 self._waiting.append(step)
         self._project(now=now)
@@ -253,14 +245,15 @@ class Stepper:
         finally:
             for step in steps:
                 step.release()
-        self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
+        if len(steps) > 1:
+            self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
 
     def _pull(self, steps: Sequence[Step], *, told: bool) -> None:
         """Find s and pull. What fails here on one rank is `told` to the others, if at all, a step later."""
         try:
             for step in steps:
                 if step.failure is None:
-                    step.project()
+                    step.pull()
         except Exception as error:
             if told:
                 self._failure = error
@@ -280,10 +273,12 @@ class Stepper:
             return
         failure = failures[0].failure if failures else None
         told = [h.words for h in heard] + [e.rows for e in evidence]
-        if told and not is_capturing():
+        if told and not (told[0].is_cuda and _is_capturing()):
             verdict = Verdict(heard, evidence, self._require().unverified)
             if now or not verdict.late:
-                self._read(verdict, failure, {k: v for step in steps for k, v in step.settings.items()})
+                self._read(
+                    verdict, failure, lambda: {k: v for step in steps for k, v in step.settings().items()}
+                )
                 return
             self._verdicts.append(verdict)
         if failure is not None:
@@ -291,7 +286,7 @@ class Stepper:
                 self._failure = failure
             raise failure
 
-    def _read(self, verdict: Verdict, failure: Exception | None = None, settings: Any = None) -> None:
+    def _read(self, verdict: Verdict, failure: Exception | None = None, settings: Any = dict) -> None:
         try:
             verdict.read(failure, settings)
         except AnchorError as error:
@@ -305,7 +300,7 @@ class Stepper:
         """
         if self._binding is None:
             return
-        if not is_capturing():
+        if self._verdicts and not _is_capturing():
             verdicts, self._verdicts = self._verdicts, []
             for verdict in verdicts:
                 self._read(verdict)
@@ -329,7 +324,7 @@ class Stepper:
         binding = self._binding
         if binding is None:
             return
-        steps = [Step(plan, binding, o) for o, calls in self._calls.items() for plan in calls]
+        steps = [Step(plan, o) for o, calls in self._calls.items() for plan in calls]
         step = next((step for step in steps if step.meets), None)
         if step is None:
             return
@@ -340,3 +335,8 @@ class Stepper:
             self._finish_with(step, now=True)
         else:
             self._hear(reduce_together_([step.reduction()]), [], [step], now=True)
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is captured: the host must not ask for an event then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

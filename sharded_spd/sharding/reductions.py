@@ -21,9 +21,15 @@ def sum_over_scopes_(per_layer: Tensor, fqns: Sequence[str], scopes: Sequence[Sc
         per_layer[columns] = part
 
 
+def needs_device(group: ProcessGroup) -> bool:
+    """Whether the group sums only what is on its device, and nothing in host memory."""
+    backend = str(dist.get_backend_config(group))
+    return "cpu" not in backend
+
+
 def all_reduce_(payload: Tensor, group: ProcessGroup) -> None:
     """SUM over `group` (modified in place), on the device that the group's backend wants."""
-    if payload.device.type == "cpu" and dist.get_backend(group) == "nccl":
+    if payload.device.type == "cpu" and needs_device(group):
         on_device = payload.cuda()
         dist.all_reduce(on_device, group=group)
         payload.copy_(on_device)

@@ -17,7 +17,7 @@ from sharded_spd.errors import BindingError, ConfigError
 from sharded_spd.kernels.choose import kernels_for
 from sharded_spd.kernels.compile import load_library
 from sharded_spd.kernels.switch import SWITCH
-from sharded_spd.projection import verdict
+from sharded_spd.projection import reduction
 from tests.parity.cases import SPD, gradients, tensors
 from tests.reference.oracle import Oracle
 from tests.support.compare import assert_float64_parity
@@ -152,7 +152,7 @@ def failure_that_is_heard_late(engine: Engine) -> None:
     start = tensors()
     training = Training(engine, start, SPD, form="adam_spd")
     group, grads = training.optimizer.param_groups[0], gradients(start, 3)
-    before, verdict.comes_late = verdict.comes_late, lambda numbers: True
+    before, reduction.comes_late = reduction.comes_late, lambda numbers: True
     try:
         training.step(grads[0])
         if engine.rank == 0:
@@ -166,7 +166,7 @@ def failure_that_is_heard_late(engine: Engine) -> None:
         group["weight_decay"] = SPD.weight_decay
         refused(engine, training.optimizer.step, (BindingError,), "another rank failed in the step before")
     finally:
-        verdict.comes_late = before
+        reduction.comes_late = before
 
 
 def kernels_that_one_rank_lacks(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import sharded_spd.projection.layers
+import sharded_spd.projection.reduction
 from sharded_spd import SPDConfig, attach
 from sharded_spd.config import AnchorConfig, LayerConfig
 from sharded_spd.errors import AnchorError
@@ -298,18 +298,18 @@ class _Counted:
     """Payloads of the package's own reductions in a block."""
 
     def __enter__(self) -> list[int]:
-        self._real = sharded_spd.projection.layers.all_reduce_
+        self._real = sharded_spd.projection.reduction.sum_over_
         sizes: list[int] = []
 
-        def counted(payload: Tensor, group: Any) -> None:
+        def counted(payload: Tensor, scope: Any) -> None:
             sizes.append(payload.numel())
-            self._real(payload, group)
+            self._real(payload, scope)
 
-        sharded_spd.projection.layers.all_reduce_ = counted
+        sharded_spd.projection.reduction.sum_over_ = counted
         return sizes
 
     def __exit__(self, *_: object) -> None:
-        sharded_spd.projection.layers.all_reduce_ = self._real
+        sharded_spd.projection.reduction.sum_over_ = self._real
 
 
 def anchors(engine: Engine, *, setting: Setting) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sharded_spd import SPDConfig, attach
 from sharded_spd.anchors.base import Values
 from sharded_spd.config import AnchorConfig
-from sharded_spd.projection import prefetch, roster
+from sharded_spd.projection import prefetch, slices
 from sharded_spd.projection.prefetch import ahead
 from sharded_spd.rules.statistics import CHUNK
 from tests.support.models import Probe
@@ -135,7 +135,8 @@ def test_a_step_reads_all_of_it_through_the_lane(
 
     want = trained()
     assert not log
-    monkeypatch.setattr(roster, "ahead", lambda wanted: ahead([(values, DEVICE) for values, _ in wanted]))
+    monkeypatch.setattr(slices.LocalSlices, "_on_gpu", staticmethod(lambda live: True))
+    monkeypatch.setattr(slices, "ahead", lambda wanted: ahead([(values, DEVICE) for values, _ in wanted]))
     got = trained()
     assert log
     assert all(torch.equal(got[name], want[name]) for name in want)

@@ -8,12 +8,12 @@ from torch import nn
 
 from sharded_spd import AdamSPD
 from sharded_spd.errors import AnchorError
-from sharded_spd.projection import verdict
+from sharded_spd.projection import reduction
 
 
 @pytest.fixture(autouse=True)
 def _late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "comes_late", lambda numbers: True)
+    monkeypatch.setattr(reduction, "comes_late", lambda numbers: True)
 
 
 def _optimizer() -> tuple[nn.Parameter, AdamSPD]:
@@ -52,7 +52,7 @@ def test_a_good_run_is_the_same() -> None:
     found = []
     for late in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(verdict, "comes_late", lambda numbers, late=late: late)
+            patch.setattr(reduction, "comes_late", lambda numbers, late=late: late)
             torch.manual_seed(0)
             param, optimizer = _optimizer()
             for _ in range(4):

@@ -1,0 +1,364 @@
+"""What of a plan lies on this rank: its slices, their hyper-parameters, and the kernels' tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sharded_spd.anchors.base import Values
+from sharded_spd.anchors.mapped import MappedValues
+from sharded_spd.binding.records import Binding, lost, rests
+from sharded_spd.engines.dtensor import local_tensors
+from sharded_spd.kernels import FORMED, REFERENCE, Backend, Moments, Slice, Table, choose
+from sharded_spd.projection.hyperparams import HostVector, Hyperparams
+from sharded_spd.projection.layers import LayerTable, Phase, RuleLayers
+from sharded_spd.projection.prefetch import ahead
+from sharded_spd.projection.reduction import Sums
+from sharded_spd.rules import RuleSpec
+from sharded_spd.rules.rows import RowSpan, add_row_sums_, row_spans
+from sharded_spd.rules.statistics import CHUNK, DELTA_SQ, Block, Statistic, layer_sums
+from sharded_spd.sharding.layout import BoundShard, ShardSlice
+
+_GONE = BoundShard(torch.empty(0), None, (), {})
+
+
+class StepPlan(LayerTable):
+    """All that stays the same from step to step: the table of the layers, and this rank's slices of them.
+
+    A new binding makes new plans; `slices` are made anew where the optimizer holds other shards.
+    """
+
+    def __init__(self, fqns: Sequence[str], binding: Binding, device: torch.device) -> None:
+        super().__init__(fqns, binding, device)
+        self.binding = binding
+        self.meets_always = self.early or not binding.on_disk.isdisjoint(self.fqns)
+        """Whether the ranks reduce even where no rule asks for a sum: word of a failure has no other way."""
+        self._slices: LocalSlices | None = None
+
+    def slices(self, shards: Sequence[BoundShard]) -> LocalSlices:
+        """This rank's slices; those of the step before while `shards` are like those of that step."""
+        if self._slices is None or not self._slices.fit(shards):
+            self._slices = LocalSlices(self, shards)
+        return self._slices
+
+
+@dataclass(slots=True, eq=False)
+class LocalSlice:
+    """One slice that may step, and where it stands in the plan and among its rule's layers.
+
+    `position` is that of its shard among the step's. `tensors` are those of now, the weight a copy where the
+    shard's is not contiguous; `backend` works on them, chosen for tensors of such a `kind`. `values` are the
+    anchor's, as they are bound; `settled` says whether they are (a frozen layer's are not before its first
+    gradient), `moved` whether they turned out to be lost in this step. `kept` are the weights before the
+    base step, where the rule asks for them.
+    """
+
+    position: int
+    piece: ShardSlice
+    layers: RuleLayers
+    index: int
+    column: int
+    shard: BoundShard
+    tensors: Slice
+    spans: list[RowSpan]
+    state: dict[str, Tensor]
+    backend: Backend = REFERENCE
+    kind: tuple[object, ...] = ()
+    values: Values | None = None
+    settled: bool = False
+    moved: bool = False
+    kept: Tensor | None = None
+
+    def take_weight(self) -> None:
+        """Take the shard's weights; a 1-D copy of what is not contiguous (channels_last)."""
+        tensor = self.shard.tensor
+        self.tensors.weight = tensor if tensor.is_contiguous() else tensor.detach().reshape(-1)
+
+    def write_back(self) -> None:
+        """Hand changed weights to the shard, where they are a copy."""
+        tensor = self.shard.tensor
+        if not tensor.is_contiguous():
+            tensor.copy_(self.tensors.weight.view(tensor.shape))
+
+    def choose_backend(self, plain: frozenset[str]) -> None:
+        """The fastest that takes such tensors."""
+        weight, grad, anchor = self.tensors.weight, self.tensors.grad, self.tensors.anchor
+        kind: tuple[object, ...] = (type(weight), weight.dtype, weight.device, type(anchor), type(grad))
+        if grad is not None:
+            kind += (grad.dtype, grad.device)
+        if kind != self.kind:
+            self.backend, self.kind = choose(self.tensors, plain), kind
+
+    def blocks(self, *, grads: bool) -> Iterator[tuple[slice, Block]]:
+        """The slice in chunks, as the tensors are now."""
+        tensors = self.tensors
+        weight, grad = tensors.flat_weight(), tensors.flat_grad() if grads else None
+        for begin in range(0, tensors.numel, CHUNK):
+            cut = slice(begin, min(begin + CHUNK, tensors.numel))
+            yield (
+                cut,
+                Block(
+                    weight=weight[cut],
+                    anchor=None if tensors.anchor is None else tensors.anchor[cut],
+                    raw_grad=None if grad is None else grad[cut],
+                    grad_factor=tensors.grad_factor,
+                    kept=None if self.kept is None else self.kept[cut],
+                    state={name: t[cut] for name, t in self.state.items()},
+                ),
+            )
+
+    def add_to(self, sums: Sums, phase: Phase, wanted: Sequence[Statistic]) -> None:
+        """Add this slice's part of the statistics `wanted`, in plain torch."""
+        layers, per_layer = self.layers, tuple(s for s in wanted if s.per == "layer")
+        per_row = [
+            (s, sums.rows_of((phase, s), layers)[layers.row_ranges[self.index]])
+            for s in wanted
+            if s.per == "row"
+        ]
+
+        def blocks() -> Iterator[Block]:
+            for cut, block in self.blocks(grads=phase == "before"):
+                for stat, rows in per_row:
+                    add_row_sums_(rows, stat.term(block), self.spans, cut.start)
+                yield block
+
+        for stat, value in zip(per_layer, layer_sums(blocks(), per_layer), strict=True):
+            sums.add((phase, stat), self.column, value)
+
+
+class LocalSlices:
+    """The slices of a plan, while its shards are the same; between steps it holds none of their tensors."""
+
+    def __init__(self, plan: StepPlan, shards: Sequence[BoundShard]) -> None:
+        self._binding = plan.binding
+        self._known = [(shard.slices, shard.param_group) for shard in shards]
+        scopes = [scope.fqns for scope in plan.scopes]
+        self.hyperparams = Hyperparams(plan.column, scopes, plan.device, plan.binding, shards)
+        self.batches = KernelBatches(plan.device)
+        self.lost: dict[str, str] = {}
+        """The layers whose anchor on disk cannot be read any more, and why."""
+        self._all: list[LocalSlice] = []
+        for position, piece in ((i, piece) for i, shard in enumerate(shards) for piece in shard.slices):
+            layers, index = plan.layers_of[piece.layer]
+            if piece.numel == 0 or not layers.rule.spec.pulls:
+                continue
+            by_row = layers.rule.spec.granularity == "row" or layers.has_row_stats
+            self._all.append(
+                LocalSlice(
+                    position,
+                    piece,
+                    layers,
+                    index,
+                    plan.column[piece.layer],
+                    shards[position],
+                    Slice(_GONE.tensor, piece.offset, piece.numel, None),
+                    row_spans(piece, plan.binding.layout.shapes[piece.layer]) if by_row else [],
+                    plan.shard_states.get(piece.layer, {}),
+                    settled=not layers.rule.spec.anchored,
+                )
+            )
+        self.fusable = self._find_fusable()
+        """The optimizer's tensors that a kernel may step with their sums, and the slices that cover each."""
+        for item in self._all:
+            item.shard = _GONE
+
+    def _find_fusable(self) -> dict[Tensor, list[LocalSlice]]:
+        found: dict[Tensor, list[LocalSlice]] = {}
+        for item in self._all:
+            if item.shard.owner is not None and _needs_sums_only(item.layers.rule.spec):
+                found.setdefault(item.shard.owner, []).append(item)
+        return {
+            owner: items
+            for owner, items in found.items()
+            if sum(item.piece.numel for item in items) == items[0].shard.tensor.numel()
+        }
+
+    def fit(self, shards: Sequence[BoundShard]) -> bool:
+        """Whether these are the shards that it was made of, or others just like them."""
+        return len(shards) == len(self._known) and all(
+            shard.slices is slices and shard.param_group is group
+            for shard, (slices, group) in zip(shards, self._known, strict=True)
+        )
+
+    def gather_live(self, shards: Sequence[BoundShard], grad_scale: Tensor | None) -> list[LocalSlice]:
+        """The slices that have a gradient, as they are now."""
+        live = []
+        factors: dict[tuple[int, torch.device], float | Tensor] = {}
+        self.lost = {}
+        for item in self._all:
+            shard = shards[item.position]
+            grad = shard.grad
+            if grad is None or self._rests(item, shard):
+                continue
+            item.shard = shard
+            item.take_weight()
+            tensors = item.tensors
+            tensors.grad = grad if grad.is_contiguous() else grad.detach().reshape(-1)
+            kind = (id(shard.param_group), grad.device)
+            if kind not in factors:
+                factors[kind] = _factor(shard, grad, grad_scale)
+            tensors.grad_factor = factors[kind]
+            if not item.settled:
+                item.values, item.moved = self._binding.take(item.piece, tensors.flat_weight())
+                tensors.anchor, item.settled = item.values, True
+            values = item.values
+            if isinstance(values, MappedValues):
+                self._look_at_file(item, values)
+            live.append(item)
+        if self._on_gpu(live):
+            carried = ahead([(item.tensors.anchor, item.tensors.weight.device) for item in live])
+            for item, anchor in zip(live, carried, strict=True):
+                item.tensors.anchor = anchor
+        for item in live:
+            item.choose_backend(self._binding.plain)
+        return live
+
+    @staticmethod
+    def _on_gpu(live: Sequence[LocalSlice]) -> bool:
+        """Whether there is a stream on which anchors in host memory can come."""
+        return any(item.tensors.weight.is_cuda for item in live)
+
+    def _rests(self, item: LocalSlice, shard: BoundShard) -> bool:
+        """Whether its anchor was never asked for, and is not now."""
+        return not item.settled and rests(self._binding.options[item.piece.layer], shard.param_group)
+
+    def _look_at_file(self, item: LocalSlice, values: MappedValues) -> None:
+        changed = lost(values)
+        if changed is not None:
+            self.lost[item.piece.layer], item.tensors.anchor = changed, None
+            return
+        whole = values.whole()
+        item.tensors.anchor = values if whole is None else whole
+
+    @staticmethod
+    def after_base(live: Sequence[LocalSlice]) -> None:
+        """Let go of the gradients, and look where a base that puts new tensors in place left the weights."""
+        shards = list({id(item.shard): item.shard for item in live}.values())
+        sharded = [(shard, owner) for shard in shards if isinstance(owner := shard.owner, DTensor)]
+        for (shard, _), tensor in zip(sharded, local_tensors([o for _, o in sharded]), strict=True):
+            shard.tensor = tensor
+        for shard in shards:
+            shard.grad = None
+        for item in live:
+            item.tensors.grad = None
+            if item.tensors.weight is not item.shard.tensor:
+                item.take_weight()
+
+    def release(self, live: Sequence[LocalSlice] | None = None) -> None:
+        """Let go of the weights (by default of all), which an engine may move or free until the next step."""
+        for item in self._all if live is None else live:
+            if item.shard.owner is not None:
+                item.shard.tensor = item.shard.owner
+            else:
+                item.shard = _GONE
+            item.tensors.weight, item.tensors.anchor = _GONE.tensor, item.values
+            item.kept, item.moved = None, False
+
+
+def _needs_sums_only(spec: RuleSpec) -> bool:
+    """Whether a kernel that steps the weights forms all that a rule needs."""
+    plain = not (spec.keeps_w or spec.edits_grad or spec.shard_state) and spec.granularity == "layer"
+    formed = all(stat in FORMED for stat in spec.before) and set(spec.after) <= {DELTA_SQ}
+    return plain and formed and spec.when == "after"
+
+
+def _factor(shard: BoundShard, grad: Tensor, grad_scale: Tensor | None) -> float | Tensor:
+    sign = -1.0 if shard.param_group.get("maximize", False) else 1.0
+    if grad_scale is None:
+        return sign
+    scale = grad_scale.to(grad.device, torch.float64)
+    return sign / (scale.item() if scale.device.type == "cpu" else scale)
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """What a batch leaves to that of the next step: the vectors are those of `slices`."""
+
+    columns: HostVector
+    index: HostVector
+    table: Table | None = None
+
+
+class KernelBatch:
+    """Slices of one rule that one backend takes, for one step. Their gradients are there when it is made."""
+
+    def __init__(self, slices: list[LocalSlice], backend: Backend, kept: _Kept) -> None:
+        self.slices = slices
+        self.layers = slices[0].layers
+        self._backend = backend
+        self._kept = kept
+        self._columns = kept.columns.update_numbers([item.column for item in slices])
+        self._make_table()
+
+    def _make_table(self) -> None:
+        self._places = self._weights()
+        tensors = [item.tensors for item in self.slices]
+        self._table = self._kept.table = self._backend.table(tensors, self._kept.table)
+
+    def _weights(self) -> list[int]:
+        return [item.tensors.weight.data_ptr() for item in self.slices]
+
+    def add(self, phase: Phase, sums: Sums) -> None:
+        """Add the statistics of its rule: those that kernels form, or all of them in plain torch."""
+        spec = self.layers.rule.spec
+        wanted = spec.before if phase == "before" else spec.after
+        if any(stat not in FORMED for stat in wanted):
+            for item in self.slices:
+                item.add_to(sums, phase, wanted)
+        elif wanted:
+            self._find_weights()
+            sums.add_formed(phase, wanted, self._columns, self._table.sums(grads=phase == "before"))
+
+    def adam_(self, moments: Sequence[Moments], numbers: Tensor, sums: Sums) -> None:
+        """Step the slices as Adam does (modified in place), and add the statistics before and after it."""
+        rows, spec = self._table.adam_(moments, numbers), self.layers.rule.spec
+        sums.add_formed("before", spec.before, self._columns, rows)
+        # Of the last two columns the second is |d|^2 after the step, as in a row of sums.
+        sums.add_formed("after", spec.after, self._columns, rows[:, 1:])
+        for item in self.slices:
+            item.write_back()
+
+    def pull_(self, s: Tensor) -> None:
+        """Pull the slices (modified in place) by `s`, float64 `[num_layers]` of their rule."""
+        self._find_weights()
+        index = self._kept.index.update_numbers([item.index for item in self.slices])
+        device = self.slices[0].tensors.weight.device
+        self._table.pull_(s.index_select(0, index).to(device, non_blocking=True))
+        for item in self.slices:
+            item.write_back()
+
+    def _find_weights(self) -> None:
+        """A base optimizer may have put new tensors in place."""
+        if self._weights() != self._places:
+            self._make_table()
+
+
+class KernelBatches:
+    """Sorts slices into batches; kept from step to step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[tuple[int, str, str, torch.device], _Kept] = {}
+
+    def of(self, slices: Sequence[LocalSlice], purpose: str) -> list[KernelBatch]:
+        """The batches of `slices`; those of one `purpose` are most like those of the step before."""
+        found: dict[tuple[int, str, str, torch.device], tuple[Backend, list[LocalSlice]]] = {}
+        last: tuple[RuleLayers, Backend, torch.device] | None = None
+        members: list[LocalSlice] = []
+        for item in slices:
+            layers, backend, device = now = (item.layers, item.backend, item.tensors.weight.device)
+            if now != last:
+                last, key = now, (layers.number, purpose, backend.name, device)
+                _, members = found.setdefault(key, (backend, []))
+            members.append(item)
+        batches = []
+        for key, (backend, members) in found.items():
+            if key not in self._kept:
+                columns, index = (HostVector(self._device, torch.long) for _ in range(2))
+                self._kept[key] = _Kept(columns, index)
+            batches.append(KernelBatch(members, backend, self._kept[key]))
+        return batches
