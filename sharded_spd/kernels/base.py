@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
@@ -60,20 +59,12 @@ ADAM_NUMBERS = ("beta1", "beta2", "eps", "step_size", "root_correction")
 """Columns of Adam's numbers: step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t)."""
 
 
-def written(tensors: Iterable[Tensor | None]) -> None:
-    """Tell autograd that memory was written through its address, as torch's in-place operations do.
-
-    Else a backward through values that were saved before the step would be wrong in silence.
-    """
-    changed = [t for t in tensors if t is not None and not t.is_inference()]
-    if changed:
-        torch.autograd.graph.increment_version(changed)
-
-
 class Table(Protocol):
     """Slices of one device as a backend works on them: one call, or launch, for all of them.
 
-    Sums are float64, added up in an order that depends on a slice's length alone.
+    Sums are float64, added up in an order that depends on a slice's length alone. What is written through an
+    address is told to autograd (`increment_version`), as torch's in-place operations do: else a backward
+    through values that were saved before the step would be wrong in silence.
     """
 
     def sums(self, *, grads: bool) -> Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from sharded_spd.kernels.base import Moments, Slice, Table, written
+from sharded_spd.kernels.base import Moments, Slice, Table
 from sharded_spd.kernels.compile import load_library
 
 _CHUNK = 65536  # as in cpu.c
@@ -84,7 +85,8 @@ class CpuTable:
         numbers = numbers.contiguous()
         sums = self._call(self._library.spd_adam, 3, b"".join(rows), ctypes.c_void_p(numbers.data_ptr()))
         stepped = [(s.weight, m) for s, m in zip(self._slices, moments, strict=True) if s.grad is not None]
-        written(t for weight, m in stepped for t in (weight, *m.tensors))
+        written = [(weight, m.exp_avg, m.exp_avg_sq, m.max_exp_avg_sq) for weight, m in stepped]
+        increment_version([t for tensors in written for t in tensors if t is not None])
         return sums
 
     def pull_(self, s: Tensor) -> None:
@@ -97,7 +99,7 @@ class CpuTable:
             ctypes.c_void_p(s.data_ptr()),
             ctypes.c_int(torch.get_num_threads()),
         )
-        written(own.weight for own, share in zip(self._slices, s.tolist(), strict=True) if share)
+        increment_version([own.weight for own, share in zip(self._slices, s.tolist(), strict=True) if share])
 
     def _call(self, function: Callable[..., object], columns: int, *more: object) -> Tensor:
         num = len(self._slices)

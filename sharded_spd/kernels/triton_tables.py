@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from sharded_spd.kernels.base import Moments, Slice, Table, written
+from sharded_spd.kernels.base import Moments, Slice, Table
 from sharded_spd.kernels.triton_kernels import (
     CHUNK,
     adam_kernel,
@@ -165,7 +166,8 @@ class TritonTable:
                     F=_type(kinds >> _FACTOR), M=_type(kinds >> _STATE), AMSGRAD=bool(kinds & _AMSGRAD),
                     ALIGNED=bool(kinds & _ALIGNED), **_OPTIONS,
                 )  # fmt: skip
-            written(t for s, m in zip(self._slices, moments, strict=True) for t in (s.weight, *m.tensors))
+            pairs = zip(self._slices, moments, strict=True)
+            increment_version([t for s, m in pairs for t in (s.weight, *m.tensors) if t is not None])
             return self._add_up(plan, partial)
 
     def pull_(self, s: Tensor) -> None:
@@ -177,7 +179,7 @@ class TritonTable:
                     self._rows.numbers.values, s, self._plan.numbers.values, len(self._slices), first,
                     W=_type(kinds), A=_type(kinds >> _ANCHOR), ALIGNED=bool(kinds & _ALIGNED), **_OPTIONS,
                 )  # fmt: skip
-        written(own.weight for own in self._slices)
+        increment_version([own.weight for own in self._slices])
 
     def _launching(self, *read: _Numbers) -> AbstractContextManager[None]:
         """Launches inside go to the slices' device."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.engines.dtensor import local_tensors
-from sharded_spd.kernels import ADAM_NUMBERS, Backend, Moments, written
+from sharded_spd.kernels import ADAM_NUMBERS, Backend, Moments
 from sharded_spd.projection.slices import LocalSlice
 from sharded_spd.projection.step import Step
 
@@ -68,7 +69,7 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
     if slices:
         step.adam_(slices, moments, torch.cat(numbers))
         # A DTensor and its local tensor count apart, and it is the DTensor that autograd has saved.
-        written(outer)
+        increment_version(outer)
     return done
 
 

@@ -14,7 +14,7 @@ from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.binding.records import Binding, lost, rests
 from sharded_spd.engines.dtensor import local_tensors
 from sharded_spd.kernels import FORMED, REFERENCE, Backend, Moments, Slice, Table, choose
-from sharded_spd.projection.hyperparams import HostVector, Hyperparams
+from sharded_spd.projection.hyperparams import Hyperparams
 from sharded_spd.projection.layers import LayerTable, Phase, RuleLayers
 from sharded_spd.projection.prefetch import ahead
 from sharded_spd.projection.reduction import Sums
@@ -274,33 +274,36 @@ def _factor(shard: BoundShard, grad: Tensor, grad_scale: Tensor | None) -> float
     return sign / (scale.item() if scale.device.type == "cpu" else scale)
 
 
-@dataclass(slots=True, eq=False)
-class _Kept:
-    """What a batch leaves to that of the next step: the vectors are those of `slices`."""
+class _Places:
+    """Where the slices of a batch stand, on the plan's device, and the last table of them."""
 
-    columns: HostVector
-    index: HostVector
-    table: Table | None = None
+    def __init__(self, slices: list[LocalSlice], device: torch.device) -> None:
+        self.slices = slices
+        self.columns = _upload([item.column for item in slices], device)
+        """In the plan, `[num_slices]`."""
+        self.index = _upload([item.index for item in slices], device)
+        """Among the rule's layers, `[num_slices]`."""
+        self.table: Table | None = None
+
+
+def _upload(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class KernelBatch:
     """Slices of one rule that one backend takes, for one step. Their gradients are there when it is made."""
 
-    def __init__(self, slices: list[LocalSlice], backend: Backend, kept: _Kept) -> None:
-        self.slices = slices
-        self.layers = slices[0].layers
+    def __init__(self, backend: Backend, places: _Places) -> None:
+        self.slices = places.slices
+        self.layers = self.slices[0].layers
         self._backend = backend
-        self._kept = kept
-        self._columns = kept.columns.update_numbers([item.column for item in slices])
+        self._places = places
         self._make_table()
 
     def _make_table(self) -> None:
-        self._places = self._weights()
+        self._weights = [item.tensors.weight.data_ptr() for item in self.slices]
         tensors = [item.tensors for item in self.slices]
-        self._table = self._kept.table = self._backend.table(tensors, self._kept.table)
-
-    def _weights(self) -> list[int]:
-        return [item.tensors.weight.data_ptr() for item in self.slices]
+        self._table = self._places.table = self._backend.table(tensors, self._places.table)
 
     def add(self, phase: Phase, sums: Sums) -> None:
         """Add the statistics of its rule: those that kernels form, or all of them in plain torch."""
@@ -311,29 +314,28 @@ class KernelBatch:
                 item.add_to(sums, phase, wanted)
         elif wanted:
             self._find_weights()
-            sums.add_formed(phase, wanted, self._columns, self._table.sums(grads=phase == "before"))
+            sums.add_formed(phase, wanted, self._places.columns, self._table.sums(grads=phase == "before"))
 
     def adam_(self, moments: Sequence[Moments], numbers: Tensor, sums: Sums) -> None:
         """Step the slices as Adam does (modified in place), and add the statistics before and after it."""
         rows, spec = self._table.adam_(moments, numbers), self.layers.rule.spec
-        sums.add_formed("before", spec.before, self._columns, rows)
+        sums.add_formed("before", spec.before, self._places.columns, rows)
         # Of the last two columns the second is |d|^2 after the step, as in a row of sums.
-        sums.add_formed("after", spec.after, self._columns, rows[:, 1:])
+        sums.add_formed("after", spec.after, self._places.columns, rows[:, 1:])
         for item in self.slices:
             item.write_back()
 
     def pull_(self, s: Tensor) -> None:
         """Pull the slices (modified in place) by `s`, float64 `[num_layers]` of their rule."""
         self._find_weights()
-        index = self._kept.index.update_numbers([item.index for item in self.slices])
         device = self.slices[0].tensors.weight.device
-        self._table.pull_(s.index_select(0, index).to(device, non_blocking=True))
+        self._table.pull_(s.index_select(0, self._places.index).to(device, non_blocking=True))
         for item in self.slices:
             item.write_back()
 
     def _find_weights(self) -> None:
         """A base optimizer may have put new tensors in place."""
-        if self._weights() != self._places:
+        if [item.tensors.weight.data_ptr() for item in self.slices] != self._weights:
             self._make_table()
 
 
@@ -342,7 +344,7 @@ class KernelBatches:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._kept: dict[tuple[int, str, str, torch.device], _Kept] = {}
+        self._places: dict[tuple[int, str, str, torch.device], _Places] = {}
 
     def of(self, slices: Sequence[LocalSlice], purpose: str) -> list[KernelBatch]:
         """The batches of `slices`; those of one `purpose` are most like those of the step before."""
@@ -357,8 +359,10 @@ class KernelBatches:
             members.append(item)
         batches = []
         for key, (backend, members) in found.items():
-            if key not in self._kept:
-                columns, index = (HostVector(self._device, torch.long) for _ in range(2))
-                self._kept[key] = _Kept(columns, index)
-            batches.append(KernelBatch(members, backend, self._kept[key]))
+            places = self._places.get(key)
+            if places is None or places.slices != members:
+                last_table = None if places is None else places.table
+                places = self._places[key] = _Places(members, self._device)
+                places.table = last_table
+            batches.append(KernelBatch(backend, places))
         return batches

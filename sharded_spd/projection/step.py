@@ -62,9 +62,10 @@ class Step:
         self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         unverified = binding.unverified
         left = unverified.fresh or unverified.pending
-        self._guarded = unverified.among(plan.fqns) if left else set()
+        self.guarded = unverified.among(plan.fqns) if left else set()
+        """The layers that are still to be checked."""
         self._guard: Tensor | None = None
-        if self._guarded:
+        if self.guarded:
             self._guard = torch.zeros(NUM_ROWS, len(plan.fqns), dtype=torch.float64, device=plan.device)
         self._local: LocalSlices | None = None
         self._live: list[LocalSlice] = []
@@ -203,7 +204,7 @@ class Step:
         return self._sums.reduction(
             self._flags,
             guard=self._guard,
-            guarded=self._guarded,
+            guarded=self.guarded,
             always=self.plan.meets_always,
             **self._told(),
         )
@@ -224,7 +225,7 @@ class Step:
         groups = {piece.layer: shard.param_group for shard in self.shards for piece in shard.slices}
         fqns, options = self.plan.fqns, self._binding.options
         wanted = frozenset(fqn for fqn in fqns if has_strength(options[fqn], groups[fqn]))
-        if self._binding.unverified.fresh.isdisjoint(fqns) and wanted.isdisjoint(self._guarded):
+        if self._binding.unverified.fresh.isdisjoint(fqns) and wanted.isdisjoint(self.guarded):
             return None  # what rests has nothing to be looked at
         rows = torch.cat([self._guard, self._sums.flags, self._scalars.lr.view(1, -1)])
         return Evidence(fqns, [scope.fqns for scope in self.plan.scopes], rows, wanted)
@@ -265,7 +266,7 @@ class Step:
             raise AnchorError(f"layer {fqn!r}: {why}")
         if self._guard is not None:
             for item in live:
-                if item.piece.layer in self._guarded and item.layers.rule.spec.anchored:
+                if item.piece.layer in self.guarded and item.layers.rule.spec.anchored:
                     self._watch(self._guard, item)
         return live
 

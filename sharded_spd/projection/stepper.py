@@ -174,7 +174,8 @@ class Stepper:
             ConfigError: where learning rate, lambda or bound differ between ranks that share a layer.
             What failed on any rank that shares a layer; on the others with that rank's number.
         """
-        if self._binding is None:
+        binding = self._binding
+        if binding is None:
             return
         step = self._steps.pop(optimizer, None)
         if step is None:
@@ -189,11 +190,11 @@ class Stepper:
         self._waiting.append(step)
         last = self._adapter.boundary(optimizer)
         # Without a scope there is nothing to be reduced, and so nothing to wait for.
-        if last or not self._together or not self._binding.layout.scopes:
+        if last or not self._together or not binding.layout.scopes:
             self._project()
         if last:
             self._turns.clear()
-            self._monitor.step(list(self._plans.values()), self._require().norms)
+            self._monitor.step(list(self._plans.values()), binding.norms)
 
     def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
         """Raise `error`, which keeps this rank from finishing its step, on every rank that waits for it.
@@ -234,7 +235,7 @@ class Stepper:
         steps, self._waiting = self._waiting, []
         try:
             heard = reduce_together_([step.reduction() for step in steps])
-            evidence = [found for step in steps if (found := step.evidence()) is not None]
+            evidence = [found for step in steps if step.guarded and (found := step.evidence())]
             self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
             for step in steps:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract import anchor_cases, cases, checkpoint_cases, precision_cases, step_cases
+from tests.contract import anchor_cases, cases, checkpoint_cases, precision_cases, step_cases, step_path_cases
 from tests.support.launch import Task
 from tests.support.training import FORMS
 
@@ -102,6 +102,7 @@ def _all() -> Iterator[Task]:
     yield from _tasks(cells, checkpoint_cases.activation_rate_counts_the_same_layers)
     cells = (("zero_redundancy", 2),)
     yield from _tasks(cells, checkpoint_cases.activation_rate_counts_the_same_layers, shares=True)
+    yield from _tasks((("fsdp2", 2),), step_path_cases.few_modules, modules=12, moves=70)
     for dtype, lr in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         yield from _tasks(
             (("single", 1), *SHARDED), precision_cases.ratio_of_a_large_layer, dtype=dtype, lr=lr
