@@ -37,7 +37,7 @@ def facts(
                 "max_pull of the configuration": own.max_pull,
                 "anchor on disk": is_on_disk(own.anchor),
                 "anchor.fingerprint": own.fingerprint,
-                "defer": together,
+                "reduction": "per_step" if together else "per_inner_step",
             }
     return found
 

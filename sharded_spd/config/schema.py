@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -128,7 +129,8 @@ class SPDConfig:
     lambda * r. `anchor`: an `AnchorConfig` or its bare source. `anchor_missing`: whether a layer that an
     anchor file lacks is an error or anchored at zero. `names`: those of the anchors' files that have none of
     their own, see `AnchorConfig`. `layers`: settings by pattern, the first match wins.
-    `defer`: where an engine steps its optimizer several times per step (DeepSpeed), one reduction for all.
+    `reduction`: where an engine steps its optimizer several times per step (DeepSpeed), or several optimizers
+    step one model, whether each has a reduction, or all have one together. `defer` is the old name of that.
     """
 
     rule: str | Rule = "spd"
@@ -139,8 +141,9 @@ class SPDConfig:
     anchor_missing: Literal["raise", "zero"] = "raise"
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
     layers: tuple[LayerConfig, ...] = ()
-    defer: bool = False
+    reduction: Literal["per_inner_step", "per_step"] = "per_inner_step"
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    defer: bool | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_rule(self.rule)
@@ -148,8 +151,10 @@ class SPDConfig:
         object.__setattr__(self, "weight_decay", _strength(self.weight_decay))
         object.__setattr__(self, "max_pull", _pull_limit(self.max_pull))
         object.__setattr__(self, "anchor", _anchor(self.anchor))
-        if not isinstance(self.defer, bool):
-            raise ConfigError(_mismatch("defer", "true or false", self.defer))
+        if self.defer is not None:
+            object.__setattr__(self, "reduction", _reduction(self.defer, self.reduction))
+            object.__setattr__(self, "defer", None)
+        _check_choice("reduction", self.reduction, ("per_inner_step", "per_step"))
         _check_choice("anchor_missing", self.anchor_missing, ("raise", "zero"))
         if not isinstance(self.layers, Sequence) or isinstance(self.layers, str):
             raise ConfigError(_mismatch("layers", "a list of LayerConfig", self.layers))
@@ -165,6 +170,21 @@ class SPDConfig:
             )
         if not isinstance(self.telemetry, TelemetryConfig):
             raise ConfigError(_mismatch("telemetry", "a TelemetryConfig", self.telemetry))
+
+
+def _reduction(defer: Any, reduction: str) -> str:
+    """What the old name means."""
+    if not isinstance(defer, bool):
+        raise ConfigError(_mismatch("defer", "true or false", defer))
+    meant = "per_step" if defer else "per_inner_step"
+    if reduction not in ("per_inner_step", meant):
+        raise ConfigError(f"defer: is {str(defer).lower()} and reduction {reduction}; wanted reduction alone")
+    warnings.warn(
+        f"defer: {str(defer).lower()} is reduction: {meant} now; the old name goes with the next release",
+        FutureWarning,
+        stacklevel=4,
+    )
+    return meant
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> SPDConfig:

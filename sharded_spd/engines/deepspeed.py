@@ -6,6 +6,7 @@ Stage 0 in float32 has the model's own parameters in its optimizer and needs non
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from sharded_spd.engines.base import keep
@@ -24,7 +25,7 @@ from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.engines.zero_layout import Flat, holds_exactly, read_flats
 from sharded_spd.engines.zero_refusals import check_engine
 from sharded_spd.engines.zero_resume import GroupMarks
-from sharded_spd.errors import BindingError
+from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.sharding.layout import BoundShard, Scope, ShardLayout, ShardSlice
 from sharded_spd.sharding.names import clean_fqns
 
@@ -36,6 +37,21 @@ def is_deepspeed_engine(target: Any) -> bool:
     return hasattr(target, "basic_optimizer") and hasattr(target, "zero_optimization_stage")
 
 
+def refuse_flat_optimizer(optimizer: Optimizer) -> None:
+    """DeepSpeed's flats are no parameters: taken for layers, they would be pulled as one.
+
+    Raises:
+        UnsupportedError: for an optimizer inside of an engine.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = any(p.ndim == 1 and not isinstance(p, Parameter) for p in params)
+    if "deepspeed" in sys.modules and (flat or not params):
+        raise UnsupportedError(
+            f"this {type(optimizer).__name__} holds no parameters of a model, as one inside of a DeepSpeed "
+            "engine; wanted the engine: attach(engine)"
+        )
+
+
 def json_block(engine: Any) -> Mapping[str, Any] | None:
     """The block "sharded_spd" of the JSON that the engine was configured with."""
     given = engine.config
@@ -45,13 +61,13 @@ def json_block(engine: Any) -> Mapping[str, Any] | None:
     return block
 
 
-def deepspeed_adapter(engine: Any, *, defer: bool) -> DeepSpeedAdapter | WholeAdapter:
+def deepspeed_adapter(engine: Any, *, per_step: bool) -> DeepSpeedAdapter | WholeAdapter:
     """The adapter of an engine.
 
     Raises:
         UnsupportedError: for a setting under which the projection would be wrong or would not run at all.
     """
-    check_engine(engine, defer=defer)
+    check_engine(engine, per_step=per_step)
     zero = engine._config.zero_config
     if getattr(zero, "round_robin_gradients", False) and engine.zero_optimization_stage() in (1, 2):
         warnings.warn(

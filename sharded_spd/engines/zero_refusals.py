@@ -10,18 +10,18 @@ import torch
 from sharded_spd.errors import UnsupportedError
 
 
-def check_engine(engine: Any, *, defer: bool) -> None:
+def check_engine(engine: Any, *, per_step: bool) -> None:
     """Refuse what is not exact.
 
     Raises:
         UnsupportedError: for the first such setting.
     """
-    for found, sentence in _objections(engine, defer=defer):
+    for found, sentence in _objections(engine, per_step=per_step):
         if found:
             raise UnsupportedError(sentence)
 
 
-def _objections(engine: Any, *, defer: bool) -> Iterator[tuple[bool, str]]:
+def _objections(engine: Any, *, per_step: bool) -> Iterator[tuple[bool, str]]:
     """Whether each setting is on, and what is to be said then."""
     stage = engine.zero_optimization_stage()
     config = getattr(engine, "_config", None)
@@ -78,9 +78,9 @@ def _objections(engine: Any, *, defer: bool) -> Iterator[tuple[bool, str]]:
         "universal checkpoint resumes at another world size",
     )
     yield (
-        defer and stage == 3 and _device(offload) == "nvme",
-        "got defer: true with the optimizer offloaded to NVMe, where a partition is swapped out before the "
-        "last one has stepped; wanted defer: false",
+        per_step and stage == 3 and _device(offload) == "nvme",
+        "got reduction: per_step with the optimizer offloaded to NVMe, where a partition is swapped out "
+        "before the last one has stepped; wanted per_inner_step",
     )
 
 

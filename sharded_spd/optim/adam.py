@@ -142,14 +142,14 @@ class AdamSPD(Adam):
         for spec, left in zip(self._specs, agree(check, self._adapter.agreement_groups), strict=True):
             spec.unchecked = left
 
-    def move_to(self, adapter: EngineAdapter, *, together: bool = False) -> Projector:
+    def move_to(self, adapter: EngineAdapter, *, per_step: bool = False) -> Projector:
         """Project what an engine made of the parameters; bound anchors move along, cut to its shards.
 
         Called by `attach(engine)`.
         """
         names = {fqn: adapter.names.get(param, fqn) for fqn, param in self._adapter.params.items()}
         held = {names[fqn]: anchor for fqn, anchor in self.projector.export_anchors().items()}
-        projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True, together=together)
+        projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True, per_step=per_step)
         projector.adopt(held, {})
         self._projector = projector
         self._after_bind()

@@ -9,23 +9,13 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch._compile import _disable_dynamo
-from torch.distributed import ProcessGroup
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from sharded_spd.config import SPDConfig, load_config
 from sharded_spd.config.resolve import ConfigResolver
 from sharded_spd.engines.base import EngineAdapter
-from sharded_spd.engines.deepspeed import (
-    data_parallel_group,
-    deepspeed_adapter,
-    is_deepspeed_engine,
-    json_block,
-)
-from sharded_spd.engines.model import replicas_of
-from sharded_spd.engines.partitioned import ranks_of, share_of
-from sharded_spd.engines.plain import ParameterAdapter
-from sharded_spd.engines.process_groups import known_groups
+from sharded_spd.engines.detect import EngineKind, engine_kind, optimizer_adapter, ranks_around
 from sharded_spd.errors import ConfigError, UnsupportedError
 from sharded_spd.optim.adam import AdamSPD
 from sharded_spd.optim.copies import watch_copies
@@ -61,8 +51,9 @@ def attach(
         ValueError: for a configuration or an anchor that does not fit the model.
         TypeError: for a target that is no optimizer, or one that projects already.
     """
-    if is_deepspeed_engine(target):
-        return _attach_engine(target, config)
+    kind = engine_kind(target)
+    if kind is not None:
+        return _attach_engine(target, kind, config)
     targets = list(target) if isinstance(target, Sequence) else [target]
 
     def prepare() -> tuple[EngineAdapter, SPDConfig, ConfigResolver]:
@@ -71,36 +62,9 @@ def attach(
                 f"got model={type(model).__name__}; wanted a torch.nn.Module: settings go by name, config=..."
             )
         own = SPDConfig() if config is None else config
-        return _adapter_of(targets, model), own, ConfigResolver(own)
+        return optimizer_adapter(targets, model, _refuse), own, ConfigResolver(own)
 
-    return _attach(*agree(prepare, _ranks_of(targets, model)))
-
-
-def _ranks_of(targets: Sequence[Any], model: Any) -> Sequence[ProcessGroup]:
-    """Which ranks attach together, told before anything can be wrong on one of them."""
-    seen = [found for target in targets if isinstance(found := _innermost(target), Optimizer)]
-    params = [p for optimizer in seen for group in optimizer.param_groups for p in group["params"]]
-    others = [*map(ranks_of, seen), replicas_of(params)]
-    return known_groups(params, model if isinstance(model, Module) else None, others)
-
-
-def _adapter_of(targets: Sequence[Any], model: Module | None) -> EngineAdapter:
-    found = [_unwrap(target) for target in targets]
-    if not found:
-        raise UnsupportedError("got an empty sequence of optimizers; wanted at least one")
-    optimizers = [optimizer for optimizer, _, _ in found]
-    for optimizer in optimizers:
-        if isinstance(optimizer, AdamSPD):
-            raise UnsupportedError(
-                "AdamSPD projects by itself; attach to another optimizer, or use AdamSPD alone"
-            )
-    groups = [group for _, _, group in found if group is not None]
-    if len({group.group_name for group in groups}) > 1:
-        raise UnsupportedError(
-            "got optimizers that share their parameters out over different process groups; wanted one group"
-        )
-    wholes = [whole for _, whole, _ in found] if groups else []
-    return ParameterAdapter(optimizers, model, wholes=wholes, everywhere=groups[0] if groups else None)
+    return _attach(*agree(prepare, ranks_around(targets, model)))
 
 
 def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver) -> Projector:
@@ -109,7 +73,7 @@ def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver)
         resolver,
         deferred=config.anchor.source == "deferred"
         or any(_deferred(layer.anchor) for layer in config.layers),
-        together=config.defer,
+        per_step=config.reduction == "per_step",
         telemetry_every=config.telemetry.every,
         telemetry_path=config.telemetry.path,
         foreign=True,
@@ -127,11 +91,11 @@ def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver)
     return projector
 
 
-def _attach_engine(engine: Any, config: SPDConfig | None) -> Projector:
-    """To a DeepSpeed engine; its JSON may hold the settings."""
+def _attach_engine(engine: Any, kind: EngineKind, config: SPDConfig | None) -> Projector:
+    """To an engine; its JSON may hold the settings."""
 
     def prepare() -> tuple[EngineAdapter, SPDConfig, ConfigResolver]:
-        block, own = json_block(engine), config
+        block, own = kind.block(engine), config
         if own is None:
             own = SPDConfig() if block is None else load_config(block)
         elif block is not None and load_config(block) != own:
@@ -139,23 +103,23 @@ def _attach_engine(engine: Any, config: SPDConfig | None) -> Projector:
                 'got settings both as config= and as the block "sharded_spd" of the DeepSpeed JSON, and they '
                 "differ; wanted them in one place"
             )
-        adapter = deepspeed_adapter(engine, defer=own.defer)
+        adapter = kind.adapter(engine, per_step=own.reduction == "per_step")
         for optimizer in adapter.optimizers:
             if isinstance(optimizer, AdamSPD):
-                if own != SPDConfig(defer=own.defer):
+                if own != SPDConfig(reduction=own.reduction):
                     raise ConfigError(
                         "got AdamSPD as the engine's optimizer and settings to attach with; wanted them as "
                         "AdamSPD's own arguments and groups, and attach(engine) alone"
                     )
             else:
-                _check_free(optimizer)
+                _refuse(optimizer)
         return adapter, own, ConfigResolver(own)
 
-    whole = data_parallel_group(engine)
+    whole = kind.ranks(engine)
     adapter, own, resolver = agree(prepare, [] if whole is None else [whole])
     optimizer = adapter.optimizers[0]
     if isinstance(optimizer, AdamSPD):
-        return optimizer.move_to(adapter, together=own.defer)
+        return optimizer.move_to(adapter, per_step=own.reduction == "per_step")
     return _attach(adapter, own, resolver)
 
 
@@ -163,43 +127,16 @@ def _deferred(anchor: Any) -> bool:
     return anchor is not None and anchor.source == "deferred"
 
 
-def _innermost(target: Any) -> Any:
-    seen = target
-    while isinstance(getattr(seen, "optimizer", None), Optimizer):
-        seen = seen.optimizer
-    return seen
-
-
-def _unwrap(target: Any) -> tuple[Optimizer, Optimizer, ProcessGroup | None]:
-    """The optimizer that steps, what shares its parameters out over the ranks (else itself), and these."""
-    seen = _innermost(target)
-    if not isinstance(seen, Optimizer):
+def _refuse(optimizer: Optimizer) -> None:
+    """Raises UnsupportedError for one that projects already."""
+    if isinstance(optimizer, AdamSPD):
         raise UnsupportedError(
-            f"got {type(target).__name__} to attach to; wanted a torch.optim.Optimizer or several, or a "
-            "DeepSpeed engine (not the optimizer that deepspeed.initialize gives)"
+            "AdamSPD projects by itself; attach to another optimizer, or use AdamSPD alone"
         )
-    inner, group = share_of(seen) or (seen, None)
-    _check_free(inner)
-    _check_no_flat(seen)
-    return inner, seen, group
-
-
-def _check_free(optimizer: Optimizer) -> None:
     other = _ATTACHED.get(optimizer, lambda: None)()
     if other is not None and other.attached:
         raise UnsupportedError(
             f"this {type(optimizer).__name__} is attached to already; detach() its projector first"
-        )
-
-
-def _check_no_flat(optimizer: Optimizer) -> None:
-    """DeepSpeed's flats are no parameters: taken for layers, they would be pulled as one."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    flat = any(p.ndim == 1 and not isinstance(p, Parameter) for p in params)
-    if "deepspeed" in sys.modules and (flat or not params):
-        raise UnsupportedError(
-            f"this {type(optimizer).__name__} holds no parameters of a model, as one inside of a DeepSpeed "
-            "engine; wanted the engine: attach(engine)"
         )
 
 

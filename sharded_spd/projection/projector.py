@@ -55,12 +55,12 @@ class Projector(Stepper):
         resolve: Resolver,
         *,
         deferred: bool = False,
-        together: bool = False,
+        per_step: bool = False,
         telemetry_every: int = 0,
         telemetry_path: str | None = None,
         foreign: bool = False,
     ) -> None:
-        super().__init__(adapter, Monitor(telemetry_every, telemetry_path), together=together)
+        super().__init__(adapter, Monitor(telemetry_every, telemetry_path), per_step=per_step)
         self._resolve = resolve
         self._foreign = foreign
         self._stateful = False
@@ -239,7 +239,7 @@ class Projector(Stepper):
             shards = look() if early is None else early
             owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
             options = self._resolve(whole, owners, self._adapter.named)
-            return shards, options, vouch.facts(options, shards, self._together)
+            return shards, options, vouch.facts(options, shards, self._per_step)
 
         return whole, *agree(settle, groups)
 

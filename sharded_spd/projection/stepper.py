@@ -32,12 +32,12 @@ Calls = dict[Optimizer, list[StepPlan]]
 
 
 class Stepper:
-    """Steps of one engine's optimizers under way; `together`: one reduction for all of an engine step."""
+    """Steps of one engine's optimizers under way; `per_step`: one reduction for all of an engine step."""
 
-    def __init__(self, adapter: EngineAdapter, monitor: Monitor, *, together: bool) -> None:
+    def __init__(self, adapter: EngineAdapter, monitor: Monitor, *, per_step: bool) -> None:
         self._adapter = adapter
         self._monitor = monitor
-        self._together = together
+        self._per_step = per_step
         self._binding: Binding | None = None
         self._plans: Plans = {}
         self._calls: Calls = {}
@@ -190,7 +190,7 @@ class Stepper:
         self._waiting.append(step)
         last = self._adapter.boundary(optimizer)
         # Without a scope there is nothing to be reduced, and so nothing to wait for.
-        if last or not self._together or not binding.layout.scopes:
+        if last or not self._per_step or not binding.layout.scopes:
             self._project()
         if last:
             self._turns.clear()
@@ -216,7 +216,7 @@ class Stepper:
     def _finish_with(self, *broken: Step, now: bool = False) -> None:
         """Reduce what waits with `broken`, and what the other ranks have stepped by the time they reduce."""
         self._waiting += broken
-        if self._together:
+        if self._per_step:
             done = {id(step.plan) for step in self._waiting}
             rest = [
                 (optimizer, plan)
@@ -332,7 +332,7 @@ class Stepper:
         step.fail(BindingError(f"{what}, and another rank took a step; do it on every rank"), absent=True)
         if step.starts:
             self._hear(reduce_together_([step.early_reduction()]), [], [step], now=True)
-        elif self._together:
+        elif self._per_step:
             self._finish_with(step, now=True)
         else:
             self._hear(reduce_together_([step.reduction()]), [], [step], now=True)

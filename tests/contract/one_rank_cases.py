@@ -220,7 +220,7 @@ ATTACH_DIFFERENT: dict[str, Case] = {
     "rule_option": _attached("rule", differs=True, rule=(Pulls(share=0.2), Pulls())),
     "lambda": _attached("weight_decay", differs=True, weight_decay=(2.0, 1.0)),
     "max_pull": _attached("max_pull", differs=True, max_pull=(0.5, 1.0)),
-    "defer": _attached("defer", differs=True, defer=(True, False)),
+    "reduction": _attached("reduction", differs=True, reduction=("per_step", "per_inner_step")),
     "anchor": _attached(
         "anchor", differs=True, anchor=(AnchorConfig(source="zero"), AnchorConfig(source="snapshot"))
     ),

@@ -34,12 +34,12 @@ def _whole(params: list[nn.Parameter]) -> list[Tensor]:
 def deferred_optimizer_steps_twice(engine: Engine, *, rule: str) -> None:
     """A step under way owns its slices: a second one of the same layers settles the first."""
     ends = []
-    for defer in (False, True):
+    for kind in ("per_inner_step", "per_step"):
         model = engine.wrap(Probe(tensors()))
         params = list(model.parameters())
         halves = params[::2], params[1::2]
         bases = [torch.optim.Adam(half, lr=0.01) for half in halves]
-        projector = attach(bases, model, SPDConfig(rule=rule, weight_decay=3.0, defer=defer))
+        projector = attach(bases, model, SPDConfig(rule=rule, weight_decay=3.0, reduction=kind))
         for t in range(9):
             which = 1 if t % 3 else 0  # two steps of one for each of the other
             for i, p in enumerate(halves[which]):

@@ -199,10 +199,10 @@ def _seen() -> Iterator[Task]:
     }
     for i, (label, setting) in enumerate(settings.items()):
         for world in WORLDS:
-            for defer in (False, True):
-                slow = world == 4 or defer != (i % 2 == 1)
-                name = f"{label}{'-defer' if defer else ''}"
-                options = {"setting": setting, "grouped": True, "defer": defer}
+            for per_step in (False, True):
+                slow = world == 4 or per_step != (i % 2 == 1)
+                name = f"{label}{'-per-step' if per_step else ''}"
+                options = {"setting": setting, "grouped": True, "per_step": per_step}
                 yield _task(seen.agrees_with_what_arrives, name, world, slow=slow, **options)
 
 
@@ -230,11 +230,11 @@ def _kernels() -> Iterator[Task]:
 def _rules() -> Iterator[Task]:
     for stage in (1, 2, 3):
         for name in rule_cases.RULES:
-            for defer in (False, True):
-                label = f"{stage}-{name}{'-defer' if defer else ''}"
+            for per_step in (False, True):
+                label = f"{stage}-{name}{'-per-step' if per_step else ''}"
                 setting = Setting(stage=stage)
                 yield _task(
-                    zero_rule_cases.rule, label, 2, setting=setting, name=name, defer=defer, slow=True
+                    zero_rule_cases.rule, label, 2, setting=setting, name=name, per_step=per_step, slow=True
                 )
 
 

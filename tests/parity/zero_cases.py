@@ -119,7 +119,7 @@ class _Amsgrad(torch.optim.Adam):
 
 
 def agrees(
-    engine: Engine, *, setting: Setting, grouped: bool = False, defer: bool = False, file: bool = False
+    engine: Engine, *, setting: Setting, grouped: bool = False, per_step: bool = False, file: bool = False
 ) -> None:
     """Uneven layers, one of one element; `grouped`: rules that mix in one flat, and several groups."""
     start = rounded(tensors(dtype=torch.float32), setting)
@@ -127,8 +127,8 @@ def agrees(
     other = rounded(tensors(seed=7, dtype=torch.float32), setting)
     anchor: Any = anchor_file(engine, other) if file else "snapshot"
     config = None if setting.form == "adam_spd" and not file else config_of(options, anchor)
-    if config is not None and defer:
-        config = replace(config, defer=True)
+    if config is not None and per_step:
+        config = replace(config, reduction="per_step")
     training = ZeroTraining(start, options, setting, config=config)
     oracle: Oracle | BaseOracle = Oracle(start, other if file else start, options)
     if hasattr(training.engine.optimizer, "fp32_groups"):  # DeepSpeed stepped once while it made the engine
@@ -191,7 +191,7 @@ def settings_in_json(engine: Engine, *, setting: Setting) -> None:
     """The block "sharded_spd" says everything; an optimizer that the JSON names."""
     start = rounded(tensors(dtype=torch.float32), setting)
     zero_head = {"pattern": "head\\..*", "anchor": "zero"}
-    block = {"weight_decay": 1.5, "defer": True, "layers": [zero_head]}
+    block = {"weight_decay": 1.5, "reduction": "per_step", "layers": [zero_head]}
     params = {"lr": SPD.lr, "weight_decay": 0.0, "torch_adam": True}
     setting = replace(
         setting,
@@ -271,17 +271,17 @@ def overflows(engine: Engine, *, setting: Setting) -> None:
 
 
 def collectives(engine: Engine, *, setting: Setting, inner_steps: int) -> None:
-    """One all-reduce per inner step, or per engine step with `defer`; bit for bit the same weights."""
+    """One all-reduce per inner step, or per engine step; bit for bit the same weights."""
     start = rounded(tensors(dtype=torch.float32), setting)
     results = []
-    for defer in (False, True):
-        config = replace(config_of(GROUPS), defer=defer)
+    for per_step in (False, True):
+        config = replace(config_of(GROUPS), reduction="per_step" if per_step else "per_inner_step")
         training = ZeroTraining(start, GROUPS, setting, config=config)
         wrapper, names = training.engine.optimizer, training.engine.param_names
         parts = wrapper.fp16_groups if setting.stage == 3 else wrapper.bit16_groups
         assert len(parts) >= inner_steps
         pulled = [part for part in parts if any(GROUPS[names[p]].rule == "spd" for p in part)]
-        wanted = 1 if defer else len(pulled)
+        wanted = 1 if per_step else len(pulled)
         for t, grads in enumerate(drawn(setting, 6)):
             with _Counted() as sizes:
                 training.step(grads)

@@ -152,7 +152,10 @@ def nvme(engine: Engine, *, file: bool) -> None:
     assert_float32_parity(got, oracle.weights, start)
     training.projector.detach()
     refused(
-        engine, lambda: attach(training.engine, config=SPDConfig(defer=True)), (UnsupportedError,), "NVMe"
+        engine,
+        lambda: attach(training.engine, config=SPDConfig(reduction="per_step")),
+        (UnsupportedError,),
+        "NVMe",
     )
     training.engine.destroy()
 
@@ -166,7 +169,7 @@ def refusals(engine: Engine) -> None:
         zero = training.engine._config.zero_config
         for block, key, value in forced:
             _force(zero if block == "zero" else zero.offload_optimizer, key, value)
-        config = SPDConfig(defer=True)
+        config = SPDConfig(reduction="per_step")
         refused(engine, lambda: attach(training.engine, config=config), (UnsupportedError,), pattern)
         training.engine.destroy()
 

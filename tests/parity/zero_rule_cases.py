@@ -15,12 +15,12 @@ from tests.support.training import config_of
 from tests.support.zero import Setting, ZeroTraining
 
 
-def rule(engine: Engine, *, setting: Setting, name: str, defer: bool) -> None:
+def rule(engine: Engine, *, setting: Setting, name: str, per_step: bool) -> None:
     """As the oracle does, to 2e-7 of a layer's norm: two units in the last place of float32."""
     start = rounded(tensors(dtype=torch.float32), setting)
     own, oracle = rule_cases.setup(name, "attached", start)
     options = dict.fromkeys(start, own)
-    config = replace(config_of(options, "snapshot"), defer=defer)
+    config = replace(config_of(options, "snapshot"), reduction="per_step" if per_step else "per_inner_step")
     training = ZeroTraining(start, options, setting, config=config)
     pulled = 0
     for grads in drawn(setting, 8):

@@ -28,7 +28,7 @@ def agrees_with_what_arrives(
     *,
     setting: Setting,
     grouped: bool = False,
-    defer: bool = False,
+    per_step: bool = False,
     scale: float = 1.0,
 ) -> None:
     """Masters within 5e-6 of the oracle's, and within 1 % of what the rule did to them.
@@ -39,7 +39,10 @@ def agrees_with_what_arrives(
     options = {name: GROUPS[name] if grouped else SPD for name in start}
     training = ZeroTraining(start, options, setting, attached=False)
     seen = SeenGradients(training.base, start)
-    training.projector = attach(training.engine, config=replace(config_of(options), defer=defer))
+    training.projector = attach(
+        training.engine,
+        config=replace(config_of(options), reduction="per_step" if per_step else "per_inner_step"),
+    )
     oracle = Oracle(start, start, options)
     plain = Oracle(start, start, {n: replace(o, rule="none") for n, o in options.items()})
     norms = []

@@ -98,6 +98,16 @@ def test_unknown_key_names_its_path_and_the_nearest_key(data, path, near):
     assert f"did you mean {near}?" in str(error.value)
 
 
+def test_the_old_name_of_the_reduction_warns_and_means_the_same():
+    for old, new in ((True, "per_step"), (False, "per_inner_step")):
+        with pytest.warns(FutureWarning, match=f"defer: {str(old).lower()} is reduction: {new}"):
+            assert load_config({"defer": old}) == SPDConfig(reduction=new)
+    with pytest.raises(ConfigError, match="wanted reduction alone"):
+        SPDConfig(defer=False, reduction="per_step")
+    with pytest.raises(ConfigError, match="^defer: wanted true or false"):
+        SPDConfig(defer="no")
+
+
 def test_unknown_key_unlike_any_lists_the_known_ones():
     with pytest.raises(
         ConfigError, match=r"^zzz: unknown key; known here: anchor, anchor_missing, defer, layers, "
