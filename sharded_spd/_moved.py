@@ -22,7 +22,7 @@ MOVED = MappingProxyType(
         "copies": ("optim.copies",),
         "fused": ("optim.fused_adam",),
         "groups": ("optim.param_groups",),
-        "guard": ("binding.guard",),
+        "guard": ("binding.checks", "binding.records"),
         "hostvec": ("projection.hostvec",),
         "integrations.finetune": ("finetune",),
         "items": ("projection.items",),
@@ -43,9 +43,9 @@ MOVED = MappingProxyType(
         "sums": ("projection.sums",),
         "telemetry": ("projection.metrics",),
         "tensorfile": ("safetensors_io.writer",),
-        "unbound": ("binding.unbound",),
+        "unbound": ("binding.checks",),
         "verdict": ("projection.verdict",),
-        "vouch": ("binding.vouch",),
+        "vouch": ("binding.checks",),
         "warn": ("binding.warnings",),
     }
 )

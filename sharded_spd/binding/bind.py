@@ -16,9 +16,9 @@ from sharded_spd.anchors.fingerprint import SEEDS, slice_fingerprint
 from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.anchors.notes import about_products, kept_at_start, notes
 from sharded_spd.anchors.paths import some
-from sharded_spd.binding.guard import Found
 from sharded_spd.binding.records import (
     Binding,
+    Findings,
     HeldAnchor,
     LayerSettings,
     cut,
@@ -35,7 +35,7 @@ from sharded_spd.sharding.layout import BoundShard, ShardLayout, ShardSlice
 from sharded_spd.sharding.reductions import sum_over_scopes_
 
 
-def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], found: Found) -> None:
+def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], found: Findings) -> None:
     by_store: dict[int, tuple[AnchorStore, dict[str, tuple[int, ...]]]] = {}
     for fqn, layer in options.items():
         if layer.rule.spec.anchored and not isinstance(layer.anchor, str):
@@ -66,7 +66,7 @@ def _settle(
     layout: ShardLayout,
     options: Mapping[str, LayerSettings],
     previous: Mapping[str, HeldAnchor],
-    found: Found,
+    found: Findings,
 ) -> Mapping[str, LayerSettings]:
     """The options as they hold: adapters that zero would damage stay at their start, which is noted."""
     anchors = {fqn: own.anchor for fqn, own in options.items() if own.rule.spec.anchored}
