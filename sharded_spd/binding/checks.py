@@ -19,7 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from sharded_spd.anchors.base import VouchedStore, is_on_disk
-from sharded_spd.anchors.fingerprint import combine
+from sharded_spd.anchors.fingerprint import another_anchor, combine, in_words
+from sharded_spd.anchors.manifest import other_values
 from sharded_spd.anchors.paths import some
 from sharded_spd.binding.records import Binding, LayerSettings, Unverified, flat
 from sharded_spd.engines.dtensor import local_tensor
@@ -92,11 +93,12 @@ def check_stored(binding: Binding) -> None:
         if isinstance(store, VouchedStore) and store.expected(fqn) not in (None, stored):
             different.setdefault(store.source, []).append(fqn)
     if different:
-        listing = "; ".join(f"{source}: {some(fqns, 8)}" for source, fqns in different.items())
+        faults = [
+            other_values(f"{source} ({len(fqns)} layer(s): {some(fqns, 8)})", "the manifest there")
+            for source, fqns in different.items()
+        ]
         raise AnchorError(
-            f"{sum(map(len, different.values()))} layer(s) have other values than the manifest beside their "
-            f"anchor's files says ({listing}): the files are damaged or were replaced; fetch them "
-            "again (sharded-spd anchor verify reads them all)"
+            f"{'; '.join(faults)}; fetch the files again (sharded-spd anchor verify reads them all)"
         )
 
 
@@ -136,11 +138,14 @@ def check_pinned(binding: Binding) -> None:
         store, own = binding.options[here[0]].anchor, combine(layers)
         whole = store.expected_overall() if isinstance(store, VouchedStore) else None
         if wanted not in (own, whole):
-            manifest = f"; the manifest there says {whole} of all its tensors" if whole else ""
-            raise AnchorError(
-                f"anchor {source}: wanted fingerprint {wanted}, got {own} of the {len(layers)} layer(s) that "
-                f"it is for ({some(list(layers), 3)}){manifest}: another pre-trained model or revision, or "
-                "other layers; put the right files there, or correct anchor.fingerprint"
+            manifest = f" (the manifest there says {whole} of all its tensors)" if whole else ""
+            raise another_anchor(
+                f"anchor {source} of {len(layers)} layer(s) ({some(list(layers), 3)})",
+                "the configuration's",
+                wanted=wanted,
+                got=f"{own}{manifest}",
+                cause="another pre-trained model or revision, or other layers",
+                advice="put the right files there, or correct anchor.fingerprint",
             )
 
 
@@ -153,10 +158,13 @@ def check_unchanged(before: Binding, now: Binding, renamed: Mapping[str, str]) -
     for fqn, prints in before.fingerprints.items():
         name = renamed.get(fqn, fqn)
         if now.fingerprints.get(name, prints) != prints:
-            raise AnchorError(
-                f"layer {name!r} was bound to another anchor before (fingerprint {prints}, now "
-                f"{now.fingerprints[name]}): weights of a frozen layer, or the anchor's file, have changed "
-                "since; anchor at an unchanged checkpoint's path"
+            raise another_anchor(
+                f"layer {name!r}",
+                "that of the binding before",
+                wanted="".join(in_words(prints)),
+                got="".join(in_words(now.fingerprints[name])),
+                cause="weights of a frozen layer, or the anchor's file, have changed since",
+                advice="anchor at an unchanged checkpoint's path",
             )
 
 
@@ -167,10 +175,12 @@ def check_saved(saved: str, own: str) -> None:
         AnchorError: where they differ.
     """
     if saved and saved != own:
-        raise AnchorError(
-            f"the checkpoint was written with anchor fingerprint {saved}, this run has {own}: another "
-            "pre-trained model, or weights loaded before the anchor was taken; bind the checkpoint's anchor, "
-            "then load"
+        raise another_anchor(
+            "this run",
+            "the checkpoint's",
+            wanted=saved,
+            got=own,
+            advice="bind the checkpoint's anchor, then load",
         )
 
 
