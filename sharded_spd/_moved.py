@@ -39,7 +39,7 @@ MOVED = MappingProxyType(
         "stats": ("rules.statistics", "rules.rows", "sharding.reductions"),
         "step": ("projection.step",),
         "stepper": ("projection.stepper",),
-        "strict_yaml": ("config.strict_yaml",),
+        "strict_yaml": ("config.loading",),
         "sums": ("projection.sums",),
         "telemetry": ("projection.metrics",),
         "tensorfile": ("safetensors_io.writer",),
