@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_spd.anchors.blocks import hash_blocks
-from sharded_spd.anchors.fingerprint import SEEDS, combine
+from sharded_spd.anchors.fingerprint import SEEDS, combine, in_words
 from sharded_spd.anchors.paths import leads_out, some
 from sharded_spd.errors import AnchorError
 from sharded_spd.safetensors_io.reader import FLOATS, StoredTensor, load_json
@@ -98,8 +98,13 @@ class Manifest:
             wanted = f"{entry.stored_as} {list(entry.shape)} by {self.path}"
             return f"{where}: is {tensor.stored_as} {list(tensor.shape)}, {wanted}"
         if blocks and hash_blocks(tensor) != entry.blocks:
-            return f"{where}: has other values than {self.path} says: damaged, or another model's"
+            return other_values(where, self.path)
         return None
+
+
+def other_values(where: str, manifest: str) -> str:
+    """What to say of stored values whose fingerprint, or blocks, are not those of their manifest."""
+    return f"{where}: has other values than {manifest} says: damaged, or another model's"
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -121,7 +126,7 @@ def write_manifest(manifest: Manifest) -> None:
             name: {
                 "shape": list(e.shape),
                 "dtype": e.stored_as,
-                "fingerprint": [f"{x & (1 << 64) - 1:016x}" for x in e.fingerprint],
+                "fingerprint": in_words(e.fingerprint),
                 "blocks": list(e.blocks),
             }
             for name, e in sorted(manifest.tensors.items())

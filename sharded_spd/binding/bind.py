@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from sharded_spd.anchors.fingerprint import SEEDS, slice_fingerprint
 from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.anchors.notes import about_products, kept_at_start, notes
 from sharded_spd.anchors.paths import some
-from sharded_spd.binding.guard import Found
 from sharded_spd.binding.records import (
     Binding,
+    Findings,
     HeldAnchor,
     LayerSettings,
     cut,
@@ -35,7 +36,7 @@ from sharded_spd.sharding.layout import BoundShard, ShardLayout, ShardSlice
 from sharded_spd.sharding.reductions import sum_over_scopes_
 
 
-def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], found: Found) -> None:
+def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], found: Findings) -> None:
     by_store: dict[int, tuple[AnchorStore, dict[str, tuple[int, ...]]]] = {}
     for fqn, layer in options.items():
         if layer.rule.spec.anchored and not isinstance(layer.anchor, str):
@@ -66,7 +67,7 @@ def _settle(
     layout: ShardLayout,
     options: Mapping[str, LayerSettings],
     previous: Mapping[str, HeldAnchor],
-    found: Found,
+    found: Findings,
 ) -> Mapping[str, LayerSettings]:
     """The options as they hold: adapters that zero would damage stay at their start, which is noted."""
     anchors = {fqn: own.anchor for fqn, own in options.items() if own.rule.spec.anchored}
@@ -129,7 +130,7 @@ class _LocalPart:
     binding: Binding
     previous: Mapping[str, HeldAnchor]
     unchecked: Set[str]
-    totals: dict[str, _Totals] = field(default_factory=dict)
+    totals: dict[str, LayerTotals] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     nonzero: dict[str, bool] = field(default_factory=dict)
 
@@ -151,32 +152,42 @@ class _LocalPart:
             self._note_zero(shard, piece, weight, settings.anchor)
         if values is not None:
             values = place(values, shard.tensor, settings)
-        prints = slice_fingerprint(values, piece, shape).cpu()
+        prints = tuple(slice_fingerprint(values, piece, shape).tolist())
         cast = cast_of(settings.anchor, fqn, weight, values) if old is None else None
-        stored = prints if cast is None else torch.tensor(cast.fingerprint)
-        lossy = cast is not None and cast.worst > 0
         found = self.binding.found
         found.worst = max(found.worst, 0.0 if cast is None else cast.worst)
-        away = old is None and is_away(settings.anchor, weight, values)
         frozen = resting or not shard.requires_grad
         held = self.binding.held[fqn] = _hold(values, piece, weight, prints, frozen=frozen)
         norm_sq = _norm_sq(values)
         if held.pending:
-            held.norm_sq = float(norm_sq)
+            held.norm_sq = norm_sq
         exact = settings.anchor_dtype in (None, weight.dtype)
         snapshot = settings.anchor == "snapshot" and exact
-        # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
-        told = (known or not snapshot) and piece.numel > 0
-        seen = torch.tensor([told, fqn in self.unchecked, held.pending, old is not None, away, lossy])
-        self.totals[fqn] = _Totals(norm_sq, torch.cat([prints, stored, seen.long()]))
+        self.totals[fqn] = LayerTotals(
+            norm_sq,
+            prints,
+            stored=prints if cast is None else cast.fingerprint,
+            # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
+            known=(known or not snapshot) and piece.numel > 0,
+            unchecked=fqn in self.unchecked,
+            pending=held.pending,
+            before=old is not None,
+            away=old is None and is_away(settings.anchor, weight, values),
+            lossy=cast is not None and cast.worst > 0,
+        )
 
     def _keep(self, old: HeldAnchor, piece: ShardSlice) -> None:
         """Its weights may move meanwhile: what they were when they were bound is what counts."""
         self.binding.held[piece.layer] = replace(old, piece=piece)
-        prints = torch.tensor(old.fingerprint)
-        seen = torch.tensor([piece.numel > 0, piece.layer in self.unchecked, True, True, False, False])
-        norm_sq = torch.tensor(old.norm_sq, dtype=torch.float64)
-        self.totals[piece.layer] = _Totals(norm_sq, torch.cat([prints, prints, seen.long()]))
+        self.totals[piece.layer] = LayerTotals(
+            old.norm_sq,
+            old.fingerprint,
+            stored=old.fingerprint,
+            known=piece.numel > 0,
+            unchecked=piece.layer in self.unchecked,
+            pending=True,
+            before=True,
+        )
 
     def _note_zero(self, shard: BoundShard, piece: ShardSlice, weight: Tensor, store: object) -> None:
         """A layer that is newly anchored at zero: whether it is there, or may not be."""
@@ -211,7 +222,7 @@ def _values(
 
 
 def _hold(
-    values: Values | None, piece: ShardSlice, weight: Tensor, prints: Tensor, *, frozen: bool
+    values: Values | None, piece: ShardSlice, weight: Tensor, prints: tuple[int, ...], *, frozen: bool
 ) -> HeldAnchor:
     """A layer that stays where it is, or is not pulled, and is at its anchor takes no memory until it must.
 
@@ -223,58 +234,87 @@ def _hold(
         and isinstance(values, Tensor)
         and torch.equal(weight.to(values.dtype), values.to(weight.device))
     ):
-        return HeldAnchor(piece, None, pending=True, dtype=values.dtype, fingerprint=tuple(prints.tolist()))
+        return HeldAnchor(piece, None, pending=True, dtype=values.dtype, fingerprint=prints)
     return HeldAnchor(piece, values)
 
 
-class _Totals(NamedTuple):
-    """This rank's part of |w0|^2, and of int64 counts.
+@dataclass(frozen=True, slots=True)
+class LayerTotals:
+    """What is summed of a layer over its ranks: of this rank's part, or of all, where a flag is of any rank.
 
-    [fingerprints..., fingerprints as stored..., known, unchecked, pending, bound before, away, lossy]
+    `norm_sq`: |w0|^2. `prints`: the fingerprint, and `stored` that before a change of dtype. `known`: whether
+    the anchor was known before this binding, or cannot be a snapshot of other weights; `unchecked`: whether
+    no step has checked it yet; `pending`: whether it is not held; `before`: whether it was bound before;
+    `away`: whether a checkpoint anchors it elsewhere than at its weight; `lossy`: whether a change of dtype
+    changed its values.
     """
 
-    norm_sq: Tensor
-    counts: Tensor
+    norm_sq: float
+    prints: tuple[int, ...]
+    stored: tuple[int, ...]
+    known: bool = False
+    unchecked: bool = False
+    pending: bool = False
+    before: bool = False
+    away: bool = False
+    lossy: bool = False
+
+    @staticmethod
+    def summed(totals: Mapping[str, LayerTotals], layout: ShardLayout) -> dict[str, LayerTotals]:
+        """All ranks' together, in the model's order. Collective over the scopes."""
+        fqns = [fqn for fqn in layout.fqns if fqn in totals]
+        norms = torch.tensor([totals[fqn].norm_sq for fqn in fqns], dtype=torch.float64)
+        width = 2 * len(SEEDS) + len(_FLAGS)
+        counts = torch.tensor([totals[fqn]._counts() for fqn in fqns], dtype=torch.int64).view(-1, width)
+        for table in (norms, counts):
+            sum_over_scopes_(table, fqns, layout.scopes)
+        rows = zip(fqns, norms.tolist(), counts.tolist(), strict=True)
+        return {fqn: LayerTotals._of(norm_sq, row) for fqn, norm_sq, row in rows}
+
+    def _counts(self) -> list[int]:
+        return [*self.prints, *self.stored, *(getattr(self, name) for name in _FLAGS)]
+
+    @staticmethod
+    def _of(norm_sq: float, counts: Sequence[int]) -> LayerTotals:
+        num = len(SEEDS)
+        flags = {name: count > 0 for name, count in zip(_FLAGS, counts[2 * num :], strict=True)}
+        return LayerTotals(norm_sq, tuple(counts[:num]), tuple(counts[num : 2 * num]), **flags)
 
 
-def _norm_sq(values: Values | None) -> Tensor:
+_FLAGS = tuple(f.name for f in fields(LayerTotals) if f.default is False)
+
+
+def _norm_sq(values: Values | None) -> float:
     if values is None:
-        return torch.zeros((), dtype=torch.float64)
+        return 0.0
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for begin in range(0, values.numel(), CHUNK):
         part = values[begin : begin + CHUNK].double()
         total += fixed_sum(part * part)
-    return total
+    return float(total)
 
 
-def _reduce(binding: Binding, totals: Mapping[str, _Totals]) -> None:
+def _reduce(binding: Binding, own: Mapping[str, LayerTotals]) -> None:
     """Sum over the scopes: norms, fingerprints, and what no rank may decide by itself."""
-    fqns = [fqn for fqn in binding.layout.fqns if fqn in totals]
-    norms = torch.zeros(len(fqns), dtype=torch.float64)
-    counts = torch.zeros(len(fqns), 2 * len(SEEDS) + 6, dtype=torch.int64)
-    for i, fqn in enumerate(fqns):
-        norms[i], counts[i] = totals[fqn]
-    for whole in (norms, counts):
-        sum_over_scopes_(whole, fqns, binding.layout.scopes)
-    binding.norms = dict(zip(fqns, norms.sqrt().tolist(), strict=True))
-    found, num = binding.found, len(SEEDS)
-    for fqn, row in zip(fqns, counts.tolist(), strict=True):
-        known, unchecked, pending, before, away, lossy = row[2 * num :]
-        binding.fingerprints[fqn] = tuple(row[:num])
-        if not before:
-            found.stored[fqn] = tuple(row[num : 2 * num])
-        found.away += [fqn] if away else []
-        found.lossy += [fqn] if lossy else []
-        if pending:
+    found = binding.found
+    totals = LayerTotals.summed(own, binding.layout)
+    for fqn, layer in totals.items():
+        binding.norms[fqn] = math.sqrt(layer.norm_sq)
+        binding.fingerprints[fqn] = layer.prints
+        if not layer.before:
+            found.stored[fqn] = layer.stored
+        found.away += [fqn] if layer.away else []
+        found.lossy += [fqn] if layer.lossy else []
+        if layer.pending:
             binding.unverified.pending.add(fqn)
-        elif unchecked or not known:
+        elif layer.unchecked or not layer.known:
             binding.unverified.fresh.add(fqn)
     # With each fingerprint goes whose it is, for of the layers of other ranks nothing else is known here.
     theirs = {}
-    for fqn in fqns:
-        own = binding.options[fqn]
-        source = own.anchor if isinstance(own.anchor, str) else own.anchor.source
-        theirs[fqn] = (binding.fingerprints[fqn], source, own.fingerprint)
+    for fqn, layer in totals.items():
+        settings = binding.options[fqn]
+        source = settings.anchor if isinstance(settings.anchor, str) else settings.anchor.source
+        theirs[fqn] = (layer.prints, source, settings.fingerprint)
     for fqn, (prints, source, wanted) in union(theirs, binding.layout.everywhere).items():
         binding.elsewhere[fqn] = prints
         if wanted is not None:

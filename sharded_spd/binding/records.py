@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -16,7 +16,6 @@ from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import combine, slice_fingerprint
 from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.anchors.memory import take_region
-from sharded_spd.binding.guard import Found, Unverified
 from sharded_spd.errors import AnchorError
 from sharded_spd.rules import Rule
 from sharded_spd.sharding.layout import ShardLayout, ShardSlice
@@ -73,6 +72,46 @@ def rests(settings: LayerSettings, group: Mapping[str, Any]) -> bool:
 
 
 @dataclass(slots=True)
+class Findings:
+    """What the layers that were bound for the first time showed, the same on all ranks but for `worst`.
+
+    `stored`: their fingerprints before a change of dtype. `away`: those that a checkpoint anchors elsewhere
+    than at their weights. `lossy`: those whose values a change of dtype changed, on this rank by `worst` at
+    most. `pinned`: the layers' fingerprints, also of other ranks', by anchor and the fingerprint it ought to
+    have. `strays`: by the anchor's path, the tensors there that go on where the model ends. `notes`: what is
+    to be said once.
+    """
+
+    stored: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    away: list[str] = field(default_factory=list)
+    lossy: list[str] = field(default_factory=list)
+    worst: float = 0.0
+    pinned: dict[tuple[str, str], dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    strays: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Unverified:
+    """Layers still to be checked, the same on all ranks: fresh snapshots, and those not held yet.
+
+    Those are frozen, or `resting`: without a strength when they were bound. `stepped` are the fresh ones that
+    have had a gradient since. `foreign`: whether state that the base optimizer has from elsewhere says that
+    the weights had been trained before they were bound.
+    """
+
+    fresh: set[str] = field(default_factory=set)
+    pending: set[str] = field(default_factory=set)
+    resting: set[str] = field(default_factory=set)
+    stepped: set[str] = field(default_factory=set)
+    foreign: bool = False
+
+    def among(self, fqns: Iterable[str]) -> set[str]:
+        """Those of `fqns` that are still to be checked."""
+        return {fqn for fqn in fqns if fqn in self.fresh or fqn in self.pending}
+
+
+@dataclass(slots=True)
 class Binding:
     """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks.
 
@@ -86,7 +125,7 @@ class Binding:
     norms: dict[str, float] = field(default_factory=dict)
     fingerprints: dict[str, tuple[int, ...]] = field(default_factory=dict)
     elsewhere: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    found: Found = field(default_factory=Found)
+    found: Findings = field(default_factory=Findings)
     plain: frozenset[str] = frozenset()
 
     @property

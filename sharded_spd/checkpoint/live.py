@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from sharded_spd.anchors.fingerprint import another_anchor, in_words
 from sharded_spd.checkpoint.codec import key_of, merge
 from sharded_spd.checkpoint.deepspeed import is_engine
 from sharded_spd.checkpoint.ranks import Ranks
-from sharded_spd.errors import AnchorError, CheckpointError
+from sharded_spd.errors import CheckpointError
 from sharded_spd.projection.projector import Projector
 from sharded_spd.sharding.names import clean_fqns
 
@@ -121,9 +122,7 @@ class Live:
         """The fingerprint of every layer's anchor."""
         if self.projector is None or not self.projector.bound:
             return {}
-        return {
-            fqn: [f"{n & (1 << 64) - 1:016x}" for n in p] for fqn, p in self.projector.fingerprints.items()
-        }
+        return {fqn: in_words(prints) for fqn, prints in self.projector.fingerprints.items()}
 
     def check_anchors(self, saved: Any) -> None:
         """Compare the anchors of this run with those that a checkpoint was written with.
@@ -135,15 +134,24 @@ class Live:
         if not isinstance(saved, Mapping) or not saved or not own:
             return
         changed = [fqn for fqn in own if fqn in saved and saved[fqn] != own[fqn]]
-        missing = sorted(own.keys() ^ saved.keys())
-        if changed or missing:
-            kind = "another anchor" if changed else "an anchor on one side only"
-            names = ", ".join((changed or missing)[:5])
-            raise AnchorError(
-                f"{len(changed or missing)} of {len(own)} layers have {kind} than in the run that wrote the "
-                f"checkpoint: {names}; give this run the same pre-trained checkpoint as anchor (another "
-                "revision or a fine-tuned one has the same names and shapes)"
+        differing = changed or sorted(own.keys() ^ saved.keys())
+        if differing:
+            wanted, got = (_shown(anchors.get(differing[0])) for anchors in (saved, own))
+            raise another_anchor(
+                f"{len(differing)} of {len(own)} layers ({', '.join(differing[:5])})",
+                "the checkpoint's",
+                wanted=wanted,
+                got=f"{got} for {differing[0]}",
+                advice="give this run the same pre-trained checkpoint as anchor (another revision or a "
+                "fine-tuned one has the same names and shapes)",
             )
+
+
+def _shown(words: Any) -> str:
+    """A layer's fingerprint in a message; what a damaged checkpoint has there may be of any kind."""
+    if words is None:
+        return "none"
+    return "".join(map(str, words)) if isinstance(words, Sequence) else str(words)
 
 
 def states_in(stored: Metadata, values: Mapping[str, Any]) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sharded_spd.errors import AnchorError
+from sharded_spd.anchors.fingerprint import another_anchor
 
 _FINGERPRINT, _INDEX, _RATES = "spd_anchor", "spd_group", "spd_lrs"
 """Keys of a param group: the anchors' fingerprint, its number, the lr of every group at the last step."""
@@ -57,10 +57,12 @@ class GroupMarks:
         for group in optimizer.param_groups:
             saved = group.get(_FINGERPRINT, self.fingerprint)
             if saved != self.fingerprint:
-                raise AnchorError(
-                    f"the checkpoint was written with anchor fingerprint {saved}, this run has "
-                    f"{self.fingerprint}: another pre-trained model, or weights loaded before the anchor "
-                    "was taken; attach before load_checkpoint, to the weights that the checkpoint began from"
+                raise another_anchor(
+                    "this run",
+                    "the checkpoint's",
+                    wanted=saved,
+                    got=self.fingerprint,
+                    advice="attach before load_checkpoint, to the weights that the checkpoint began from",
                 )
 
     def mend(self, optimizer: Optimizer, scheduler: Any) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sharded_spd.config import AnchorConfig, LayerConfig, SPDConfig, load_config
-from sharded_spd.config.strict_yaml import parse_yaml, read_yaml
+from sharded_spd.config.loading import build, choice, parse_yaml, read_yaml, wrong
 from sharded_spd.errors import ConfigError
-from sharded_spd.finetune.strict import build, choice, wrong
 from sharded_spd.finetune.world import Device
 from sharded_spd.rules import make_rule
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sharded_spd.config.loading import choice
 from sharded_spd.errors import ConfigError
-from sharded_spd.finetune.strict import choice
 
 IGNORED = -100
 """The label of what is not predicted."""

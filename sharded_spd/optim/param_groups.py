@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sharded_spd.anchors.fingerprint import another_anchor
 from sharded_spd.binding.records import LayerSettings, rests
 from sharded_spd.config.resolve import GroupSpec, open_source, source_name
 from sharded_spd.engines.base import made_up_name
@@ -124,10 +125,12 @@ def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> N
     by_value = [parts[2].partition(":") for parts in (theirs, mine) if len(parts) > 2]
     if len(by_value) == 2 and by_value[0][0] != by_value[1][0] and by_value[0][2] == by_value[1][2]:
         return
-    raise AnchorError(
-        f"group {group} of the checkpoint was written with anchor fingerprint {saved}, this optimizer has "
-        f"{own}: another pre-trained model, or weights loaded before the anchor was taken; build the "
-        "optimizer on the pre-trained weights, then load the checkpoint"
+    raise another_anchor(
+        f"group {group}",
+        "the checkpoint's",
+        wanted=saved,
+        got=own,
+        advice="build the optimizer on the pre-trained weights, then load the checkpoint",
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from sharded_spd.anchors.fingerprint import combine, combine_nameless
-from sharded_spd.binding import vouch
+from sharded_spd.binding import checks
 from sharded_spd.binding import warnings as warn
 from sharded_spd.binding.bind import bind
 from sharded_spd.binding.records import Binding, HeldAnchor, LayerSettings, Resolver
@@ -239,18 +239,18 @@ class Projector(Stepper):
             shards = look() if early is None else early
             owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
             options = self._resolve(whole, owners, self._adapter.named)
-            return shards, options, vouch.facts(options, shards, self._per_step)
+            return shards, options, checks.facts(options, shards, self._per_step)
 
         return whole, *agree(settle, groups)
 
     def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
-        vouch.check_stored(binding)
+        checks.check_stored(binding)
         if self._binding is None:
-            vouch.check_strays(binding)
-            vouch.check_pinned(binding)
-            vouch.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
+            checks.check_strays(binding)
+            checks.check_pinned(binding)
+            checks.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
         else:
-            vouch.check_unchanged(self._binding, binding, renamed)
+            checks.check_unchanged(self._binding, binding, renamed)
             binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
 
     def _shards(self) -> list[BoundShard]:
@@ -339,7 +339,7 @@ class Projector(Stepper):
         binding, saved = self._require(), state_dict.get("fingerprint", "")
 
         def check() -> Found:
-            vouch.check_saved(saved, binding.fingerprint)
+            checks.check_saved(saved, binding.fingerprint)
             return self._find_state(state_dict, self._plans.values())
 
         found, words = agree_and_tell(

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sharded_spd.binding.guard import NUM_ROWS, Unverified
+from sharded_spd.binding.checks import NUM_ROWS, check_first_steps
+from sharded_spd.binding.records import Unverified
 from sharded_spd.errors import BindingError, ConfigError
 from sharded_spd.kernels import FORMED
 from sharded_spd.projection.layers import Key, LayerTable, Phase, RuleLayers, ScopeIndex
@@ -276,8 +277,15 @@ class Verdict:
             rows = rest[begin : begin + e.rows.numel()].view(e.rows.shape)
             begin += e.rows.numel()
             guard, (has_grad, found_inf, lr) = rows[:NUM_ROWS], rows[NUM_ROWS:]
-            self._unverified.settle(
-                e.fqns, e.scopes, guard, has_grad=has_grad, found_inf=found_inf, lr=lr, wanted=e.wanted
+            check_first_steps(
+                self._unverified,
+                e.fqns,
+                e.scopes,
+                guard,
+                has_grad=has_grad,
+                found_inf=found_inf,
+                lr=lr,
+                wanted=e.wanted,
             )
 
     def _all_absent(self, words: Sequence[Sequence[float]]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_spd.binding.guard import (
+from sharded_spd.binding.checks import (
     DELTA,
     DOT,
     GUARD_STATISTICS,

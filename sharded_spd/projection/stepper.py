@@ -13,8 +13,8 @@ import torch
 from torch.optim import Optimizer
 
 from sharded_spd.binding import warnings as warn
+from sharded_spd.binding.checks import check_unbound
 from sharded_spd.binding.records import Binding
-from sharded_spd.binding.unbound import check_unbound
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import AnchorError, BindingError
 from sharded_spd.projection.metrics import Monitor

@@ -53,7 +53,7 @@ def one_corrupted_byte(engine: Engine, *, form: Form, manifest_on: int) -> None:
         engine,
         lambda: Training(engine, start, SPD, form=form, anchor=str(folder), give_model=True),
         (AnchorError,),
-        r"1 layer.* manifest .*: like\.weight\)",
+        r"\(1 layer.*: like\.weight\): has other values than the manifest",
     )
 
 

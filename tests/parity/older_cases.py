@@ -264,7 +264,7 @@ def other_anchor_raises(engine: Engine) -> None:
             if form == "adam_spd"
             else partial(second.projector.load_state_dict, own)
         )
-        refused(engine, action, (AnchorError,), "written with anchor fingerprint")
+        refused(engine, action, (AnchorError,), "another anchor than the checkpoint's: wanted fingerprint")
         assert all(torch.equal(w, before[name]) for name, w in second.weights().items())
         engine.zero_grad(second.model, second.optimizer)
 

@@ -181,7 +181,7 @@ def refusals(engine: Engine) -> None:
 
     other = {**start, "block.mlp.weight": start["block.mlp.weight"] + 0.5}
     wrong = _Run(engine, other)
-    refused(engine, wrong.load, (AnchorError,), r"1 of \d+ layers", r"block\.mlp\.weight")
+    refused(engine, wrong.load, (AnchorError,), r"1 of \d+ layers \(block\.mlp\.weight\): another anchor")
     assert_bits_equal(wrong.training.weights(), other)
 
     renamed = {("tail.weight" if name == "head.weight" else name): w for name, w in start.items()}

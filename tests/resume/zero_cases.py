@@ -57,7 +57,7 @@ def same_ranks(engine: Engine, *, setting: Setting) -> None:
         engine,
         lambda: checkpoints.load(wrong.engine, projector=wrong.projector),
         (AnchorError,),
-        r"layers have another anchor",
+        r"layers .*: another anchor than the checkpoint's",
     )
     if engine.rank == 0:
         (found.path / "complete.json").unlink()

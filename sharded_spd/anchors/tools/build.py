@@ -18,7 +18,14 @@ import torch
 
 from sharded_spd.anchors.casting import may_lose, worst_change
 from sharded_spd.anchors.checkpoint import INDEX, Checkpoint
-from sharded_spd.anchors.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, write_manifest
+from sharded_spd.anchors.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    other_values,
+    write_manifest,
+)
 from sharded_spd.anchors.paths import some
 from sharded_spd.anchors.tools.scan import Progress, chunks, scan_file
 from sharded_spd.errors import AnchorError
@@ -146,10 +153,7 @@ def _compare(checkpoint: Checkpoint, built: Manifest, lossy: Collection[str]) ->
     ]
     wrong += [key for key in lossy if any(checkpoint.fault(checkpoint.tensor(key)))]
     if wrong:
-        raise AnchorError(
-            f"{checkpoint.source}: {some(wrong)}: has other values than the manifest there says: damaged, or "
-            "another model's"
-        )
+        raise AnchorError(other_values(f"{checkpoint.source}: {some(wrong)}", "the manifest there"))
 
 
 def verify(source: str, *, sampled: bool = False, progress: Progress | None = None) -> list[str]:
@@ -209,7 +213,7 @@ def _verify_file(
             continue
         whose = owners.get(got.fingerprint)
         swapped = f"; they are those of {whose!r}" if whose is not None else ""
-        found.append(f"{path} ({key}): has other values than {manifest.path} says{swapped}")
+        found.append(other_values(f"{path} ({key})", manifest.path) + swapped)
     if not any(found) and entry is not None and entry.sha256 != manifest.files[file].sha256:
         found.append(
             f"{path}: has another SHA-256 than {manifest.path} says, although all values of its "

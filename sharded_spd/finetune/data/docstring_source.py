@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from sharded_spd.config.loading import wrong
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.data.docstrings import Function, read_functions, shuffled
 from sharded_spd.finetune.data.examples import Splits
 from sharded_spd.finetune.data.matching import TextPools
 from sharded_spd.finetune.data.text_sources import LabelledTexts
 from sharded_spd.finetune.data.typing_errors import add_typing_errors
-from sharded_spd.finetune.strict import wrong
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 """Those of every Python from 3.10 on that document a hundred functions or more."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sharded_spd.config.loading import build, choice, wrong
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.config import NamedBlock
 from sharded_spd.finetune.data.corruptions import seven_corruptions
@@ -22,7 +23,6 @@ from sharded_spd.finetune.data.image_files import (
     table_classes,
 )
 from sharded_spd.finetune.data.images import ArrayImages, Images, ImageSet, read_arrays
-from sharded_spd.finetune.strict import build, choice, wrong
 
 L = TypeVar("L")
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sharded_spd.config.loading import wrong
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.data.encode import Columns, Encoder, Tokens
 from sharded_spd.finetune.data.examples import Batch, ExampleSet, Splits, TrainSet
 from sharded_spd.finetune.data.rows import By, find_files, read_rows, value_of
 from sharded_spd.finetune.data.tokens import Piece, TokenSet, TokenStream, documents, packed
-from sharded_spd.finetune.strict import wrong
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from sharded_spd.config.loading import build, choice
 from sharded_spd.engines.dtensor import whole_slice
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.config import NamedBlock, TrainConfig
@@ -21,7 +22,6 @@ from sharded_spd.finetune.engines.blocks import DTYPES, Precision, blocks_of, ne
 from sharded_spd.finetune.engines.flat import FSDP1, FairscaleFSDP
 from sharded_spd.finetune.engines.shares import FairscaleOSS, ZeroRedundancy
 from sharded_spd.finetune.engines.zero import DeepSpeed
-from sharded_spd.finetune.strict import build, choice
 from sharded_spd.finetune.tasks.loading import Weights, places
 from sharded_spd.finetune.world import World
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sharded_spd.config.loading import choice
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.config import JobConfig, PretrainConfig
 from sharded_spd.finetune.data.corruptions import AUGMENTATIONS
@@ -20,7 +21,6 @@ from sharded_spd.finetune.metrics import make_metrics
 from sharded_spd.finetune.run.evaluate import evaluate
 from sharded_spd.finetune.run.loop import StepReport, fit
 from sharded_spd.finetune.run.methods import make_optimizer
-from sharded_spd.finetune.strict import choice
 from sharded_spd.finetune.tasks.loading import Kind
 from sharded_spd.finetune.tasks.registry import Task
 from sharded_spd.finetune.world import StopRequest, World

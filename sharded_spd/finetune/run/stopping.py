@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sharded_spd.config.loading import choice
 from sharded_spd.finetune.config import StoppingConfig
 from sharded_spd.finetune.metrics import Metric, UserMetric
 from sharded_spd.finetune.report.records import ID, Evaluation
-from sharded_spd.finetune.strict import choice
 
 VALIDATION = "validation"
 """The name of the validation set among the metrics."""

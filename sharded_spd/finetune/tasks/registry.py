@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from sharded_spd.checkpoint.export import Whole
+from sharded_spd.config.loading import choice
 from sharded_spd.finetune.config import JobConfig, PretrainConfig
 from sharded_spd.finetune.data.examples import Batch, Splits
 from sharded_spd.finetune.metrics import Outcome
-from sharded_spd.finetune.strict import choice
 from sharded_spd.finetune.tasks.causal_lm import CausalLM
 from sharded_spd.finetune.tasks.classification import ImageClassification
 from sharded_spd.finetune.tasks.loading import Kind, Loaded

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from sharded_spd.config.loading import build
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.config import JobConfig, load_job
-from sharded_spd.finetune.strict import build
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICKSTART = ROOT / "configs" / "recipes" / "quickstart.yaml"

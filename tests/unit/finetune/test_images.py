@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sharded_spd.config.loading import build
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.config import NamedBlock
 from sharded_spd.finetune.data.sources import FilesOptions, ImageSpec, load_splits
-from sharded_spd.finetune.strict import build
 
 SPEC = ImageSpec((4, 4), 3, {"bright": 0, "dark": 1})
 

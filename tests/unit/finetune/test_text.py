@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sharded_spd.config.loading import build
 from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.data.examples import global_batches, share_of_batch
 from sharded_spd.finetune.data.rows import read_rows
@@ -18,7 +19,6 @@ from sharded_spd.finetune.data.text_sources import (
     language_splits,
 )
 from sharded_spd.finetune.metrics import IGNORED, Outcome
-from sharded_spd.finetune.strict import build
 from sharded_spd.finetune.world import World
 from tests.job.models import save_llama, sentences, write_lines
 

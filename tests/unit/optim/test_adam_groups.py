@@ -443,7 +443,7 @@ def test_a_first_binding_that_is_refused_may_be_tried_again() -> None:
     others = parameters(layers(seed=5))
     optimizer = AdamSPD(others.items(), lr=LR, weight_decay=LAMBDA, anchor="deferred")
     optimizer.load_state_dict(saved)
-    with pytest.raises(ValueError, match="fingerprint"):
+    with pytest.raises(ValueError, match="another anchor than the checkpoint's"):
         optimizer.bind()
     assert not optimizer.projector.bound
     with torch.no_grad():

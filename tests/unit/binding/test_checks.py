@@ -109,6 +109,16 @@ def test_names_that_come_later_keep_the_anchors() -> None:
     assert before[0] > 0
 
 
+def test_a_frozen_layer_that_is_loaded_before_the_next_binding_has_another_anchor() -> None:
+    params = parameters(layers())
+    name, frozen = next(iter(params.items()))
+    frozen.requires_grad_(False)
+    optimizer = _spd(params.items())
+    _load({name: frozen})
+    with pytest.raises(ValueError, match=rf"^layer '{name}': another anchor than that of the binding before"):
+        optimizer.bind()
+
+
 def test_no_step_uses_a_binding_that_failed() -> None:
     params = parameters(layers())
     optimizer = _spd(params.items())
@@ -130,7 +140,7 @@ def test_state_loaded_before_the_first_binding_is_checked_there() -> None:
     others = parameters(layers(seed=5))
     optimizer = _spd(others.items(), anchor="deferred")
     optimizer.load_state_dict(saved)
-    with pytest.raises(ValueError, match="fingerprint"):
+    with pytest.raises(ValueError, match="group 0: another anchor than the checkpoint's"):
         optimizer.bind()
 
 
