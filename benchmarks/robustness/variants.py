@@ -41,7 +41,7 @@ class SPDRows(Rule):
         before=(ROW_GRAD_DOT_DELTA, ROW_DELTA_SQ), after=(ROW_DELTA_SQ,), granularity="row"
     )
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_rows]`."""
         r = _growth(stats.before[ROW_DELTA_SQ], stats.after[ROW_DELTA_SQ])
         return torch.where(stats.before[ROW_GRAD_DOT_DELTA] > 0, stats.to_rows(options.weight_decay) * r, 0.0)
@@ -55,7 +55,7 @@ class SPDElements(Rule):
     name: ClassVar[str] = "spd-elements"
     spec: ClassVar[RuleSpec] = RuleSpec(granularity="element", keeps_w=True)
 
-    def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
+    def pull_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """S = lambda (|d~| - |d|) / |d~|, the first step apart."""
         before, after = block.kept_delta.abs(), block.delta.abs()
         r = _ratio(after - before, after).clamp(0.0, 1.0)
@@ -70,7 +70,7 @@ class SPDUpdate(Rule):
     name: ClassVar[str] = "update-gate"
     spec: ClassVar[RuleSpec] = RuleSpec(after=(UPDATE_DOT_DELTA,), keeps_w=True)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         return torch.where(stats.after[UPDATE_DOT_DELTA] <= 0, options.lr * options.weight_decay, 0.0)
 
@@ -82,7 +82,7 @@ class SPDGrowth(SPD):
 
     name: ClassVar[str] = "growth"
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         return torch.where(stats.before[DELTA_SQ] > 0, options.weight_decay * self._ratio(stats), 0.0)
 
@@ -95,7 +95,7 @@ class GateL2(Rule):
     name: ClassVar[str] = "gated-l2"
     spec: ClassVar[RuleSpec] = RuleSpec(before=(GRAD_DOT_DELTA,))
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         return torch.where(stats.before[GRAD_DOT_DELTA] > 0, options.lr * options.weight_decay, 0.0)
 
@@ -108,7 +108,7 @@ class Drag(Rule):
     name: ClassVar[str] = "drag"
     spec: ClassVar[RuleSpec] = RuleSpec(after=(UPDATE_SQ, DELTA_SQ), keeps_w=True)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         return options.weight_decay * _ratio(stats.after[UPDATE_SQ].sqrt(), stats.after[DELTA_SQ].sqrt())
 
@@ -121,7 +121,7 @@ class DragGated(Rule):
     name: ClassVar[str] = "drag-gated"
     spec: ClassVar[RuleSpec] = RuleSpec(before=(GRAD_DOT_DELTA,), after=(UPDATE_SQ, DELTA_SQ), keeps_w=True)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         s = options.weight_decay * _ratio(stats.after[UPDATE_SQ].sqrt(), stats.after[DELTA_SQ].sqrt())
         return torch.where(stats.before[GRAD_DOT_DELTA] > 0, s, 0.0)
@@ -135,7 +135,7 @@ class DragRows(Rule):
     name: ClassVar[str] = "drag-rows"
     spec: ClassVar[RuleSpec] = RuleSpec(after=(ROW_UPDATE_SQ, ROW_DELTA_SQ), granularity="row", keeps_w=True)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_rows]`."""
         share = _ratio(stats.after[ROW_UPDATE_SQ].sqrt(), stats.after[ROW_DELTA_SQ].sqrt())
         return stats.to_rows(options.weight_decay) * share
@@ -149,7 +149,7 @@ class DragElements(Rule):
     name: ClassVar[str] = "drag-elements"
     spec: ClassVar[RuleSpec] = RuleSpec(granularity="element", keeps_w=True)
 
-    def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
+    def pull_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """S = lambda |u| / |d~|."""
         return weight_decay * _ratio(block.update.abs(), block.delta.abs())
 
@@ -162,10 +162,10 @@ class DragDepth(MAPS):
     name: ClassVar[str] = "drag-depth"
     spec: ClassVar[RuleSpec] = RuleSpec(after=(UPDATE_SQ, DELTA_SQ), keeps_w=True, layer_state=("share",))
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         own = replace(options, weight_decay=options.weight_decay * state["share"])
-        return Drag.shrink(self, stats, state, own)  # type: ignore[arg-type]
+        return Drag.pull(self, stats, state, own)  # type: ignore[arg-type]
 
     def telemetry(self, stats: Stats, s: Tensor) -> Mapping[str, Tensor]:
         """Nothing."""
@@ -180,7 +180,7 @@ class L2Depth(MAPS):
     name: ClassVar[str] = "l2-depth"
     spec: ClassVar[RuleSpec] = RuleSpec(layer_state=("share",))
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         return options.lr * options.weight_decay * state["share"]
 
@@ -197,7 +197,7 @@ class Unsure(Rule):
     name: ClassVar[str] = "unsure"
     spec: ClassVar[RuleSpec] = RuleSpec(granularity="element", keeps_w=True)
 
-    def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
+    def pull_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """S of each element."""
         return lr * weight_decay * (1 - block.update.abs() / lr).clamp(min=0.0)
 
@@ -210,7 +210,7 @@ class UnsureSquared(Rule):
     name: ClassVar[str] = "unsure-squared"
     spec: ClassVar[RuleSpec] = RuleSpec(granularity="element", keeps_w=True)
 
-    def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
+    def pull_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """S of each element."""
         return lr * weight_decay * (1 - block.update.abs() / lr).clamp(min=0.0).square()
 
@@ -225,7 +225,7 @@ class SPDRunning(SPD):
         before=(GRAD_DOT_DELTA, DELTA_SQ, GRAD_SQ), after=(DELTA_SQ,), layer_state=("mean",)
     )
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         length = (stats.before[DELTA_SQ] * stats.before[GRAD_SQ]).sqrt()
         state["mean"] = 0.9 * state["mean"] + 0.1 * _ratio(stats.before[GRAD_DOT_DELTA], length)
@@ -240,7 +240,7 @@ class SPDCosine(SPD):
     name: ClassVar[str] = "spd-cosine"
     spec: ClassVar[RuleSpec] = RuleSpec(before=(GRAD_DOT_DELTA, DELTA_SQ, GRAD_SQ), after=(DELTA_SQ,))
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         length = (stats.before[DELTA_SQ] * stats.before[GRAD_SQ]).sqrt()
         cosine = _ratio(stats.before[GRAD_DOT_DELTA], length).clamp(min=0.0)
@@ -257,7 +257,7 @@ class DragCosine(Rule):
         before=(GRAD_DOT_DELTA, DELTA_SQ, GRAD_SQ), after=(UPDATE_SQ, DELTA_SQ), keeps_w=True
     )
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`."""
         length = (stats.before[DELTA_SQ] * stats.before[GRAD_SQ]).sqrt()
         cosine = _ratio(stats.before[GRAD_DOT_DELTA], length).clamp(min=0.0)

@@ -27,7 +27,7 @@ from sharded_spd.binding.records import (
     flat,
     place,
     rests,
-    same_part,
+    same_piece,
 )
 from sharded_spd.errors import AnchorError
 from sharded_spd.rules.statistics import CHUNK, fixed_sum
@@ -141,7 +141,7 @@ class _LocalPart:
         resting = rests(settings, shard.param_group) and (old is None or old.pending)
         if resting:
             self.binding.unverified.resting.add(fqn)
-        if resting and old is not None and same_part(old, piece):
+        if resting and old is not None and same_piece(old, piece):
             self._keep(old, piece)
             return
         cut_out = slice(piece.offset, piece.offset + piece.numel)
@@ -215,7 +215,7 @@ def _values(
     if not old.pending:
         if old.values is None:
             return None, True
-        if isinstance(options.anchor, str) or same_part(old, piece):
+        if isinstance(options.anchor, str) or same_piece(old, piece):
             return cut(old.values, old.piece, piece, shape), True
         return fetch(options, piece, weight), True
     return fetch(options, piece, weight), True

@@ -230,6 +230,6 @@ def cut(values: Values, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ..
     return take_region(values[: values.numel()].view(shape), piece)
 
 
-def same_part(old: HeldAnchor, piece: ShardSlice) -> bool:
+def same_piece(old: HeldAnchor, piece: ShardSlice) -> bool:
     """Whether `old` was bound to just the elements of `piece`."""
     return (old.piece.region, old.piece.numel) == (piece.region, piece.numel)

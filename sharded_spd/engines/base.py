@@ -68,7 +68,7 @@ class EngineAdapter(Protocol):
         """Hand on tensors of earlier inner calls, which have changed since the engine took them."""
         ...
 
-    def mark(self, fingerprint: str | None) -> None:
+    def tag_param_groups(self, fingerprint: str | None) -> None:
         """Have the anchors' fingerprint travel in the engine's own checkpoints, if it can; None: no more."""
         ...
 

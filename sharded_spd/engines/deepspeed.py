@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from sharded_spd.engines.base import keep
 from sharded_spd.engines.facts import facts_of
-from sharded_spd.engines.parts import gather_whole, take_part
+from sharded_spd.engines.flat import gather_whole, take_piece
 from sharded_spd.engines.plain import ParameterAdapter
 from sharded_spd.engines.zero_layout import Flat, holds_exactly, read_flats
 from sharded_spd.engines.zero_refusals import check_engine
@@ -92,8 +92,8 @@ class WholeAdapter(ParameterAdapter):
 
     _marks: GroupMarks | None = None
 
-    def mark(self, fingerprint: str | None) -> None:
-        """As `DeepSpeedAdapter.mark`."""
+    def tag_param_groups(self, fingerprint: str | None) -> None:
+        """As `DeepSpeedAdapter.tag_param_groups`."""
         self._marks = _marked(self._marks, self.optimizers[0], fingerprint)
 
 
@@ -252,7 +252,7 @@ class DeepSpeedAdapter:
             if any(piece.layer in layers for piece in flat.slices):
                 flat.low.detach().copy_(flat.tensor.detach().view(-1))
 
-    def mark(self, fingerprint: str | None) -> None:
+    def tag_param_groups(self, fingerprint: str | None) -> None:
         """Have the anchors' fingerprint travel in the param groups, and compare it with what is loaded."""
         self._marks = _marked(self._marks, self.optimizers[0], fingerprint)
 
@@ -266,7 +266,7 @@ class DeepSpeedAdapter:
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
         """This rank's part of a whole layer."""
-        return take_part(saved, self._where[fqn][0])
+        return take_piece(saved, self._where[fqn][0])
 
 
 def _with_global_experts(fqns: Sequence[str], params: Sequence[Tensor]) -> Iterator[str]:

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from sharded_spd.engines.flat import FlatPiece, chunk, tile
 from sharded_spd.engines.instances import instances_of
-from sharded_spd.engines.parts import Part, chunk, tile
 
 _FSDP = "fairscale.nn.data_parallel.fully_sharded_data_parallel"
 _SDP = "fairscale.nn.data_parallel.sharded_ddp"
 
 
-def fairscale_parts(model: Module) -> Iterator[tuple[Tensor, Part]]:
+def fairscale_parts(model: Module) -> Iterator[tuple[Tensor, FlatPiece]]:
     """Each tensor that fairscale's FSDP gives the optimizer, with the wrappers' names of the layers."""
     for prefix, unit in _named_units(model):
         own_names = {param: name for name, param in unit.named_parameters()}
@@ -48,7 +48,7 @@ def _named_units(model: Module) -> Iterator[tuple[str, Any]]:
                 yield prefix, unit
 
 
-def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> Part:
+def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> FlatPiece:
     if hasattr(param, "_param_infos"):  # several layers in one
         names = [".".join(filter(None, (prefix, path, name))) for path, _, name in param._param_infos]
         shapes = tuple(tuple(shape) for shape in param._param_shapes)
@@ -65,10 +65,10 @@ def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> P
 
     if not param._is_sharded:
         groups = (unit.process_group,) if world > 1 else ()
-        return Part(tile(names, numels, (0, total)), shapes, total, (), groups, local=shard)
+        return FlatPiece(tile(names, numels, (0, total)), shapes, total, (), groups, local=shard)
     group = (unit.process_group,)
     slices = tile(names, numels, chunk(total, unit.rank, world))
-    return Part(slices, shapes, -(-total // world), group, group, local=shard)
+    return FlatPiece(slices, shapes, -(-total // world), group, group, local=shard)
 
 
 def bucket_watch() -> BucketWatch | None:

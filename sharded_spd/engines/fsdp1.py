@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
+from sharded_spd.engines.flat import FlatPiece, chunk, tile
 from sharded_spd.engines.instances import instances_of
-from sharded_spd.engines.parts import Part, chunk, tile
 from sharded_spd.errors import UnsupportedError
 from sharded_spd.sharding.layout import FlatRange, ShardSlice
 
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
-def fsdp1_parts(model: Module) -> Iterator[tuple[Tensor, Part]]:
+def fsdp1_parts(model: Module) -> Iterator[tuple[Tensor, FlatPiece]]:
     """Each tensor that FSDP1 gives the optimizer, with the layers' names as the wrappers have them.
 
     Raises:
@@ -64,7 +64,7 @@ def fsdp1_ties(model: Module) -> Iterator[tuple[str, str]]:
                 yield first, ".".join(filter(None, (prefix, path, name)))
 
 
-def _unit_parts(prefix: str, unit: Any, handle: Any) -> Iterator[tuple[Tensor, Part]]:
+def _unit_parts(prefix: str, unit: Any, handle: Any) -> Iterator[tuple[Tensor, FlatPiece]]:
     flat = handle.flat_param
     names = tuple(f"{prefix}.{fqn}" if prefix else fqn for fqn in flat._fqns)
     shapes = tuple(tuple(shape) for shape in flat._shapes)
@@ -78,7 +78,7 @@ def _unit_parts(prefix: str, unit: Any, handle: Any) -> Iterator[tuple[Tensor, P
     split, groups = _groups(unit, handle)
     if flat._params is None:
         numel = -(-total // handle.world_size) if sharded else total
-        yield flat, Part(slices, shapes, numel, split, groups)
+        yield flat, FlatPiece(slices, shapes, numel, split, groups)
         return
     if handle.device.type == "cpu":
         warnings.warn(
@@ -88,7 +88,7 @@ def _unit_parts(prefix: str, unit: Any, handle: Any) -> Iterator[tuple[Tensor, P
         )
     for param, piece, shape in zip(flat._params, slices, shapes, strict=True):
         own = ShardSlice(piece.layer, 0, piece.numel, piece.region)
-        yield param, Part((own,), (shape,), piece.numel, split, groups, flat=sharded)
+        yield param, FlatPiece((own,), (shape,), piece.numel, split, groups, flat=sharded)
 
 
 def _groups(unit: Any, handle: Any) -> tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]:

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_spd.engines.facts import facts_of
 from sharded_spd.engines.fairscale import all_fairscale_units, fairscale_parts, fairscale_units
+from sharded_spd.engines.flat import FlatPiece
 from sharded_spd.engines.fsdp1 import all_fsdp1_units, fsdp1_parts, fsdp1_ties, fsdp1_units
 from sharded_spd.engines.instances import instances_of
-from sharded_spd.engines.parts import Part
 from sharded_spd.sharding.layout import ModelFacts
 from sharded_spd.sharding.names import clean_fqn, clean_fqns
 
@@ -31,7 +31,7 @@ class ModelView:
     """
 
     names: Mapping[Tensor, str] = field(default_factory=dict)
-    parts: Mapping[Tensor, Part] = field(default_factory=dict)
+    parts: Mapping[Tensor, FlatPiece] = field(default_factory=dict)
     fqns: tuple[str, ...] = ()
     replicas: ProcessGroup | None = None
     facts: ModelFacts = field(default_factory=ModelFacts)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.engines.base import made_up_name
-from sharded_spd.engines.parts import Part
+from sharded_spd.engines.flat import FlatPiece
 from sharded_spd.errors import BindingError, UnsupportedError
 from sharded_spd.sharding.layout import BoundShard
 
@@ -50,7 +50,7 @@ def raise_unknown(optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int
     )
 
 
-def raise_moved(param: Tensor, local: Tensor, part: Part) -> None:
+def raise_moved(param: Tensor, local: Tensor, part: FlatPiece) -> None:
     """Raises BindingError where `local`, which was to be the shard of `param`, is not what was bound."""
     fqn = part.slices[0].layer
     if local.numel() != part.numel:

@@ -33,6 +33,7 @@ from sharded_spd.engines.dtensor import (
     whole_slice,
 )
 from sharded_spd.engines.fairscale import BucketWatch, bucket_watch
+from sharded_spd.engines.flat import FlatPiece, gather_whole, take_piece
 from sharded_spd.engines.model import ModelView, is_flat, replicas_of, view_model
 from sharded_spd.engines.param_refusals import (
     REAL,
@@ -44,7 +45,6 @@ from sharded_spd.engines.param_refusals import (
     raise_unreal,
 )
 from sharded_spd.engines.partitioned import names_of
-from sharded_spd.engines.parts import Part, gather_whole, take_part
 from sharded_spd.engines.process_groups import known_groups, scopes_of
 from sharded_spd.engines.replaced import check_replaced, check_still_there
 from sharded_spd.engines.stages import is_stage
@@ -60,7 +60,7 @@ class _Lineup:
     `alone`: those of no layer, with what they are called.
     """
 
-    rows: list[tuple[BoundShard, Tensor, Part]]
+    rows: list[tuple[BoundShard, Tensor, FlatPiece]]
     alone: list[tuple[str, Tensor]]
     groups: list[tuple[Mapping[str, Any], list[Tensor]]]
 
@@ -97,8 +97,8 @@ class ParameterAdapter:
         self.named = False
         self.names: dict[Tensor, str] = {}
         self.params: dict[str, Tensor] = {}
-        self._parts: dict[Tensor, Part] = {}
-        self._pieces: dict[str, tuple[ShardSlice, Part]] = {}
+        self._parts: dict[Tensor, FlatPiece] = {}
+        self._pieces: dict[str, tuple[ShardSlice, FlatPiece]] = {}
         self._dtypes: dict[Tensor, torch.dtype] = {}
         self._groups: Sequence[ProcessGroup] = ()
         self._stepped: set[Optimizer] = set()
@@ -174,8 +174,8 @@ class ParameterAdapter:
         if self._no_model:
             raise UnsupportedError("got something else as the model; wanted a torch.nn.Module: model=...")
         self._look()
-        parts: dict[Tensor, Part] = {}
-        pieces: dict[str, tuple[ShardSlice, Part]] = {}
+        parts: dict[Tensor, FlatPiece] = {}
+        pieces: dict[str, tuple[ShardSlice, FlatPiece]] = {}
         params: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         named, boxes = True, Boxes()
@@ -229,7 +229,7 @@ class ParameterAdapter:
             facts=view.facts,
         )
 
-    def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> Part:
+    def _part(self, fqn: str, param: Tensor, boxes: Boxes) -> FlatPiece:
         if param.dtype not in REAL:
             raise_unreal(fqn, param)
         part = self._view.parts.get(param)
@@ -243,7 +243,7 @@ class ParameterAdapter:
             )
         numel, shape = local_tensor(param).numel(), tuple(param.shape)
         split, groups = tuple(shard_groups(param)), tuple(mesh_groups(param))
-        return Part((whole_slice(fqn, param, boxes),), (shape,), numel, split, groups, flat=False)
+        return FlatPiece((whole_slice(fqn, param, boxes),), (shape,), numel, split, groups, flat=False)
 
     def _walk(self) -> Iterator[tuple[str, Tensor, bool]]:
         several = len(self.optimizers) > 1
@@ -370,7 +370,7 @@ class ParameterAdapter:
     def rewrite(self, shards: Sequence[BoundShard]) -> None:
         """Nothing: the optimizer holds the model's own parameters."""
 
-    def mark(self, fingerprint: str | None) -> None:
+    def tag_param_groups(self, fingerprint: str | None) -> None:
         """Nothing: the projector's and AdamSPD's state carry it."""
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
@@ -386,4 +386,4 @@ class ParameterAdapter:
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
         """This rank's shard of what `export` gave."""
         piece, part = self._pieces[fqn]
-        return take_part(saved, piece) if part.flat else local_tensor(saved).reshape(-1)
+        return take_piece(saved, piece) if part.flat else local_tensor(saved).reshape(-1)

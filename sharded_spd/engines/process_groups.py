@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from sharded_spd.engines.dtensor import mesh_groups
+from sharded_spd.engines.flat import FlatPiece
 from sharded_spd.engines.model import flat_groups, wrapper_groups
-from sharded_spd.engines.parts import Part
 from sharded_spd.sharding.layout import Scope, ShardSlice
 
 
@@ -42,7 +42,7 @@ def one_per_ranks(groups: Iterable[ProcessGroup]) -> dict[ProcessGroup, ProcessG
     return {group: first[own] for group, own in ranks.items()}
 
 
-def scopes_of(pieces: Mapping[str, tuple[ShardSlice, Part]]) -> tuple[Scope, ...]:
+def scopes_of(pieces: Mapping[str, tuple[ShardSlice, FlatPiece]]) -> tuple[Scope, ...]:
     """The groups that split layers, each with its layers; `pieces` by FQN."""
     first = one_per_ranks(group for _, part in pieces.values() for group in part.split)
     layers: dict[ProcessGroup, list[str]] = {group: [] for group in first.values()}

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from sharded_spd.engines.flat import FlatPiece
 from sharded_spd.engines.model import ModelView, view_model
-from sharded_spd.engines.parts import Part
 from sharded_spd.errors import BindingError
 
 
@@ -18,7 +18,7 @@ def check_still_there(
     model: Module | None,
     idle: bool,
     before: bool | None,
-    parts: Mapping[Tensor, Part],
+    parts: Mapping[Tensor, FlatPiece],
 ) -> None:
     """Look whether the model still has what is stepped: at the first step, and when all gradients cease.
 

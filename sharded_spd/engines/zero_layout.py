@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sharded_spd.engines.parts import overlap
+from sharded_spd.engines.flat import overlap
 from sharded_spd.errors import UnsupportedError
 from sharded_spd.sharding.layout import FlatRange, ShardSlice
 

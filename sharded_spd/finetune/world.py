@@ -87,7 +87,7 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main rank's `value`, on every rank, collective."""
         if self.size == 1:
             return value

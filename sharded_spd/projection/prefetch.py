@@ -68,14 +68,14 @@ class CudaCarrier:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class AnchorChunk:
     """Values `[begin, end)` of `values`."""
 
     values: Values
     begin: int
     end: int
 
-    def is_in(self, other: Piece | None) -> bool:
+    def is_in(self, other: AnchorChunk | None) -> bool:
         """Whether the other is the same piece of the same values."""
         return other is not None and other.values is self.values and other.begin == self.begin
 
@@ -89,7 +89,7 @@ class Lane:
 
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
-        self._slots: list[Piece | None] = [None, None]
+        self._slots: list[AnchorChunk | None] = [None, None]
         self._last = 1
 
     @property
@@ -97,7 +97,7 @@ class Lane:
         """Where the buffers are."""
         return self._carrier.device
 
-    def get(self, piece: Piece, following: Piece | None) -> Tensor:
+    def get(self, piece: AnchorChunk, following: AnchorChunk | None) -> Tensor:
         """A piece on the device, good until the second one after it is asked for; starts to copy the next."""
         if not piece.is_in(self._slots[self._last]):
             self._last = 1 - self._last
@@ -108,7 +108,7 @@ class Lane:
             self._start(1 - self._last, following)
         return found
 
-    def _start(self, slot: int, piece: Piece) -> None:
+    def _start(self, slot: int, piece: AnchorChunk) -> None:
         self._slots[slot] = piece
         self._carrier.start(slot, piece.values[piece.begin : piece.end])
 
@@ -137,11 +137,11 @@ class Ahead:
         """How many there are."""
         return self._values.numel()
 
-    def piece(self, begin: int) -> Piece | None:
+    def piece(self, begin: int) -> AnchorChunk | None:
         """The piece in which `begin` lies; the first of those after where there are no more."""
         start = begin // self._step * self._step
         if start < self.numel():
-            return Piece(self._values, start, min(start + self._step, self.numel()))
+            return AnchorChunk(self._values, start, min(start + self._step, self.numel()))
         return self._after.piece(0) if self._after is not None else None
 
     def __getitem__(self, cut: slice, /) -> Tensor:

@@ -39,7 +39,7 @@ class Removable(Protocol):
 
 _STEPPED = "the projector's state is of a run that has stepped"
 _BINDS = "called bind() (AdamSPD.add_param_group binds, too)"
-Found = tuple[int, Moves]
+SavedState = tuple[int, Moves]
 """A number of steps, and where each part of the rules' state is to go."""
 
 
@@ -199,7 +199,7 @@ class Projector(Stepper):
         pulled = [s for s in shards if any(options[p.layer].rule.spec.pulls for p in s.slices)]
         devices = {shard.tensor.device.type for shard in pulled}
 
-        def finish() -> tuple[Plans, Calls, Found, dict[str, str]]:
+        def finish() -> tuple[Plans, Calls, SavedState, dict[str, str]]:
             self._vouch(binding, renamed)
             plans, calls = self._make_plans(binding, renamed)
             return plans, calls, self._find_state(self._loaded, plans.values()), backend_names(devices)
@@ -215,7 +215,7 @@ class Projector(Stepper):
             vet(binding)
         self._binding, self._plans, self._calls, self._stateful = binding, plans, calls, stateful
         self._turns.clear()
-        self._adapter.mark(binding.fingerprint)
+        self._adapter.tag_param_groups(binding.fingerprint)
         warn.about_anchors(binding)
         if old is None:
             self._restore(found, binding, stepped=_STEPPED in words)
@@ -274,7 +274,7 @@ class Projector(Stepper):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._adapter.mark(None)
+        self._adapter.tag_param_groups(None)
         self._clear()
         self._detached = True
 
@@ -338,7 +338,7 @@ class Projector(Stepper):
         """
         binding, saved = self._require(), state_dict.get("fingerprint", "")
 
-        def check() -> Found:
+        def check() -> SavedState:
             checks.check_saved(saved, binding.fingerprint)
             return self._find_state(state_dict, self._plans.values())
 
@@ -352,12 +352,12 @@ class Projector(Stepper):
         """Told to the other ranks, for the count of one may be another: it decides what the guard sends."""
         return {_STEPPED: ""} if state_dict.get("num_steps", 0) else {}
 
-    def _find_state(self, state_dict: Mapping[str, Any], plans: Iterable[StepPlan]) -> Found:
+    def _find_state(self, state_dict: Mapping[str, Any], plans: Iterable[StepPlan]) -> SavedState:
         num_steps = int(state_dict.get("num_steps", self.num_steps))
         return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
 
     @torch.no_grad()
-    def _restore(self, found: Found, binding: Binding, *, stepped: bool) -> None:
+    def _restore(self, found: SavedState, binding: Binding, *, stepped: bool) -> None:
         self._monitor.num_steps, moves = found
         if stepped:
             binding.unverified.fresh.clear()

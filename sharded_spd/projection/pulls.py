@@ -73,7 +73,7 @@ class SlicePull:
     def _by_element(self, item: LocalSlice) -> None:
         rule, i, weight = item.layers.rule, item.index, item.tensors.flat_weight()
         for cut, block in item.blocks(grads=False):
-            each = rule.shrink_elements(block, self.options.lr[i], self.options.weight_decay[i])
+            each = rule.pull_elements(block, self.options.lr[i], self.options.weight_decay[i])
             each = torch.where(self.active[i] & torch.isfinite(each), each, 0.0).clamp(max=self.limit[i])
             if rule.spec.pulls_kept:
                 pull_back_(weight[cut], each * block.kept_delta)

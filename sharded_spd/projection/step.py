@@ -307,7 +307,7 @@ class Step:
         state = dict(layers.state) if edited is None else edited[1]
         s = torch.zeros_like(options.lr)
         if spec.granularity != "element":
-            s = rule.shrink(stats, state, options)
+            s = rule.pull(stats, state, options)
         by_row = spec.granularity == "row"
         may, most = (stats.to_rows(active), stats.to_rows(limit)) if by_row else (active, limit)
         s = torch.where(may & torch.isfinite(s), torch.minimum(s, most), 0.0)

@@ -6,6 +6,7 @@ already summed over all ranks. It knows no engine and calls no collective.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
@@ -35,7 +36,7 @@ class RuleSpec:
     Attributes:
         before: statistics summed before the base step (`Block.grad` may be read).
         after: statistics summed after the base step (`Block.delta` is then w~ - w0).
-        granularity: the shape of s: a number per layer, per row, or (from `shrink_elements`) per element.
+        granularity: the shape of s: a number per layer, per row, or (from `pull_elements`) per element.
         when: whether the pull comes after the base step, or before it, as decoupled weight decay does.
         anchored: False for a rule that pulls toward zero and never looks at the anchor.
         pulls: False for a rule that leaves the base optimizer alone.
@@ -107,11 +108,23 @@ class Rule(Protocol):
     name: ClassVar[str]
     spec: ClassVar[RuleSpec]
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """A rule of the release before has `shrink` for `pull`: it works on, and warns."""
+        super().__init_subclass__(**kwargs)
+        for old, new in (("shrink", "pull"), ("shrink_elements", "pull_elements")):
+            if old in vars(cls) and new not in vars(cls):
+                warnings.warn(
+                    f"{cls.__name__}.{old} is called {new} now; the old name goes with the next release",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                setattr(cls, new, vars(cls)[old])
+
     def prepare(self, layers: Sequence[LayerInfo]) -> Mapping[str, Tensor]:
         """First values of `spec.layer_state`, float64 `[num_layers]` each, on the CPU."""
         return {name: torch.zeros(len(layers), dtype=torch.float64) for name in self.spec.layer_state}
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S, float64 `[num_layers]` or `[num_rows]`; new state goes into `state`; never in place.
 
         What comes out non-finite, or for a layer that does not step (no gradient, lr 0, skipped by a gradient
@@ -119,10 +132,10 @@ class Rule(Protocol):
         """
         ...
 
-    def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
+    def pull_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """S of each element of `block` (granularity "element"); lr and lambda are the layer's own, 0-d."""
         raise NotImplementedError(
-            f"rule {self.name!r} has granularity 'element' but defines no shrink_elements"
+            f"rule {self.name!r} has granularity 'element' but defines no pull_elements"
         )
 
     def plan_edit(

@@ -23,6 +23,6 @@ class CWD(Rule):
     name: ClassVar[str] = "cwd"
     spec: ClassVar[RuleSpec] = RuleSpec(granularity="element", keeps_w=True, pulls_kept=True)
 
-    def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
+    def pull_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """S = lr * lambda where u * d >= 0, that is (w~ - w) * d <= 0."""
         return torch.where(block.update * block.kept_delta <= 0, lr * weight_decay, 0.0)

@@ -19,7 +19,7 @@ class Decay(Rule):
     name: ClassVar[str] = "decay"
     spec: ClassVar[RuleSpec] = RuleSpec(when="before", anchored=False)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S = lr * lambda, `[num_layers]`."""
         return options.lr * options.weight_decay
 
@@ -31,6 +31,6 @@ class NoRule(Rule):
     name: ClassVar[str] = "none"
     spec: ClassVar[RuleSpec] = RuleSpec(anchored=False, pulls=False)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S = 0, `[num_layers]`."""
         return torch.zeros_like(options.lr)

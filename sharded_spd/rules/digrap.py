@@ -61,7 +61,7 @@ class DiGraP(Rule):
         """g - omega * p."""
         return block.grad - plan["amount"] * block.delta
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """No pull: the gradient is all that is changed."""
         return torch.zeros_like(options.lr)
 

@@ -54,7 +54,7 @@ class FTP(Rule):
         zero = torch.zeros(len(layers), dtype=torch.float64)
         return {**dict.fromkeys(hyper.STATE, zero), "radius": torch.full_like(zero, _TINY)}
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S = 1 - min(1, radius / n), `[num_rows]`."""
         n = stats.after[ROW_L1] + _TINY
         h = stats.before[GRAD_DOT_PREVIOUS]  # 0 in the first step: there is no previous deviation

@@ -18,6 +18,6 @@ class L2SP(Rule):
     name: ClassVar[str] = "l2sp"
     spec: ClassVar[RuleSpec] = RuleSpec()
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S = lr * lambda, `[num_layers]`."""
         return options.lr * options.weight_decay

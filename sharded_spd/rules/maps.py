@@ -100,7 +100,7 @@ class MAPS(SPD):
         head = self.heads is not None and re.fullmatch(self.heads, fqn) is not None
         return not head and not fqn.endswith("bias")
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S of SPD, with the layer's own lambda; `[num_layers]`."""
         own = replace(options, weight_decay=options.weight_decay * state["share"])
-        return SPD.shrink(self, stats, state, own)
+        return SPD.pull(self, stats, state, own)

@@ -31,6 +31,6 @@ class MARSSP(Rule):
         """Raises ConfigError for a radius that is not positive."""
         check_range(self.name, "radius", self.radius, least=0.0, above=True)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S = 1 - min(1, radius / |row|_1), `[num_rows]`."""
         return 1 - self.radius / stats.after[ROW_L1].clamp(min=self.radius)

@@ -24,7 +24,7 @@ class SPD(Rule):
     name: ClassVar[str] = "spd"
     spec: ClassVar[RuleSpec] = RuleSpec(before=(GRAD_DOT_DELTA, DELTA_SQ), after=(DELTA_SQ,))
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S `[num_layers]`; see the class."""
         inconsistent = stats.before[GRAD_DOT_DELTA] > 0
         return torch.where(inconsistent, options.weight_decay * self._ratio(stats), 0.0)

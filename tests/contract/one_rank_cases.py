@@ -598,9 +598,9 @@ STEP: dict[str, Case] = {
     "term_of_an_edit": _step_breaks("term", rule=Edits(), stays=True),
     "plan_edit": _step_breaks("plan_edit", rule=Edits(), stays=True),
     "edit_grad": _step_breaks("edit_grad", rule=Edits(), stays=True),
-    "shrink_before": _without_a_reduction("shrink", rule=Decays()),
-    "shrink": _breaks_after_the_reduction("shrink", "adam_spd", rule=Pulls()),
-    "shrink_attached": _breaks_after_the_reduction("shrink", "attached", rule=Pulls()),
+    "pull_before": _without_a_reduction("pull", rule=Decays()),
+    "pull": _breaks_after_the_reduction("pull", "adam_spd", rule=Pulls()),
+    "pull_attached": _breaks_after_the_reduction("pull", "attached", rule=Pulls()),
     "shard_state": _breaks_after_the_reduction("next_shard_state", "adam_spd", rule=Pulls()),
     "telemetry": _breaks_after_the_reduction("telemetry", "attached", rule=Pulls()),
 }

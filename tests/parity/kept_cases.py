@@ -27,7 +27,7 @@ class Gain(Rule):
     name: ClassVar[str] = "gain"
     spec: ClassVar[RuleSpec] = RuleSpec(after=(UPDATE_GAIN, DELTA_SQ), keeps_w=True)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """Lambda * (n1^2 - n0^2) / n1^2 where that is positive."""
         return options.weight_decay * (stats.after[UPDATE_GAIN] / stats.after[DELTA_SQ]).clamp(min=0.0)
 
@@ -39,11 +39,11 @@ class CautiousElements(Rule):
     name: ClassVar[str] = "cautious_elements"
     spec: ClassVar[RuleSpec] = RuleSpec(granularity="element", keeps_w=True)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """Never asked, for s is found per element."""
         raise AssertionError("asked for s per layer")
 
-    def shrink_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
+    def pull_elements(self, block: Block, lr: Tensor, weight_decay: Tensor) -> Tensor:
         """Lr * lambda where u * d > 0."""
         return torch.where(block.update * block.delta > 0, lr * weight_decay, 0.0)
 

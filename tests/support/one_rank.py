@@ -125,9 +125,9 @@ class Pulls(Rule):
         stumble("prepare")
         return {"calls": torch.zeros(len(layers), dtype=torch.float64)}
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """The same for all layers."""
-        stumble("shrink")
+        stumble("pull")
         state["calls"] = state["calls"] + 1
         return torch.full_like(options.lr, self.share)
 
@@ -149,9 +149,9 @@ class Decays(Rule):
     name: ClassVar[str] = "one_rank_decays"
     spec: ClassVar[RuleSpec] = RuleSpec(when="before", anchored=False)
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """A little."""
-        stumble("shrink")
+        stumble("pull")
         return torch.full_like(options.lr, 0.01)
 
 
@@ -174,7 +174,7 @@ class Edits(Rule):
         stumble("edit_grad")
         return block.grad - plan["amount"] * block.delta
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """Nothing."""
         return torch.zeros_like(options.lr)
 

@@ -34,7 +34,7 @@ class RowBall(Rule):
         shard_state=("previous",),
     )
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """1 - radius / |row| for the rows outside the ball."""
         rows = stats.after[ROW_L1]
         along = stats.over_rows(stats.before[GRAD_DOT_PREVIOUS], "sum")
@@ -105,7 +105,7 @@ class TurnBack(Rule):
         """g - amount * d."""
         return block.grad - plan["amount"] * block.delta
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """Nothing: the gradient is all that is changed."""
         return torch.zeros_like(options.lr)
 

@@ -37,7 +37,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Columns:
+class TextColumns:
     """The columns of a row: a text, a prompt with its completion, or the messages of a conversation."""
 
     text: str = "text"
@@ -49,7 +49,7 @@ class Columns:
 class Encoder:
     """Makes tokens of rows with a Hugging Face tokenizer; each document ends with its end-of-text token."""
 
-    def __init__(self, tokenizer: Any, columns: Columns, *, completion_only: bool) -> None:
+    def __init__(self, tokenizer: Any, columns: TextColumns, *, completion_only: bool) -> None:
         self._tokenizer, self._columns, self._only = tokenizer, columns, completion_only
         self._end: int | None = tokenizer.eos_token_id
 

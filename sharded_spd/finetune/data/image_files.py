@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 
 
 @dataclass(frozen=True)
-class Columns:
+class ImageColumns:
     """The columns of a table of images."""
 
     image: str = "image"
@@ -150,7 +150,13 @@ class TableImages(Images):
 
 
 def read_table(
-    path: str, *, key: str, size: tuple[int, int], channels: int, classes: Mapping[str, int], columns: Columns
+    path: str,
+    *,
+    key: str,
+    size: tuple[int, int],
+    channels: int,
+    classes: Mapping[str, int],
+    columns: ImageColumns,
 ) -> TableImages:
     """The images of parquet files; `path`: one, a folder or a pattern.
 
@@ -172,7 +178,7 @@ def read_table(
     return TableImages(tables, torch.tensor(labels), size, channels, key, columns.image)
 
 
-def table_classes(path: str, *, key: str, columns: Columns) -> set[str | int]:
+def table_classes(path: str, *, key: str, columns: ImageColumns) -> set[str | int]:
     """The labels of parquet files."""
     return {
         label for _, table in _tables(path, key=key, columns=columns) for label in _labels(table, columns)
@@ -186,7 +192,7 @@ def is_table(path: str) -> bool:
     return path.endswith(".parquet")
 
 
-def _tables(path: str, *, key: str, columns: Columns) -> Iterator[tuple[Path, Any]]:
+def _tables(path: str, *, key: str, columns: ImageColumns) -> Iterator[tuple[Path, Any]]:
     datasets = import_datasets()
     for file in find_files(path, key=key):
         if FORMATS[file.suffix] != "parquet":
@@ -207,7 +213,7 @@ def _tables(path: str, *, key: str, columns: Columns) -> Iterator[tuple[Path, An
         yield file, table
 
 
-def _labels(table: Any, columns: Columns) -> list[str | int]:
+def _labels(table: Any, columns: ImageColumns) -> list[str | int]:
     names = getattr(table.features[columns.label], "names", None)  # ClassLabel's
     found = list(table[columns.label])
     return found if names is None else [names[n] if n is not None and n >= 0 else n for n in found]

@@ -15,7 +15,7 @@ from sharded_spd.finetune.config import NamedBlock
 from sharded_spd.finetune.data.corruptions import seven_corruptions
 from sharded_spd.finetune.data.examples import Splits
 from sharded_spd.finetune.data.image_files import (
-    Columns,
+    ImageColumns,
     class_folders,
     is_table,
     read_folder,
@@ -81,9 +81,9 @@ class FilesOptions:
     label: str = "label"
 
     @property
-    def columns(self) -> Columns:
+    def columns(self) -> ImageColumns:
         """Of parquet files."""
-        return Columns(self.image, self.label)
+        return ImageColumns(self.image, self.label)
 
     def classes(self) -> list[str] | None:
         """Those of the training set by name, in order; None where it has numbers only."""

@@ -12,10 +12,10 @@ import torch
 
 from sharded_spd.config.loading import wrong
 from sharded_spd.errors import ConfigError
-from sharded_spd.finetune.data.encode import Columns, Encoder, Tokens
+from sharded_spd.finetune.data.encode import Encoder, TextColumns, Tokens
 from sharded_spd.finetune.data.examples import Batch, ExampleSet, Splits, TrainSet
 from sharded_spd.finetune.data.rows import By, find_files, read_rows, value_of
-from sharded_spd.finetune.data.tokens import Piece, TokenSet, TokenStream, documents, packed
+from sharded_spd.finetune.data.tokens import PackedExample, TokenSet, TokenStream, documents, packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def language_splits(options: LanguageFiles, tokenizer: Any, *, limit: int | None
     """
     if limit is not None and options.max_length > limit:
         raise wrong("data.max_length", f"at most the model's {limit} tokens", options.max_length)
-    columns = Columns(options.text, options.prompt, options.completion, options.messages)
+    columns = TextColumns(options.text, options.prompt, options.completion, options.messages)
     encoder = Encoder(tokenizer, columns, completion_only=options.completion_only)
     cut = partial(packed if options.packing else documents, length=options.max_length)
     # A score should not depend on where examples are cut.
@@ -119,7 +119,9 @@ def language_splits(options: LanguageFiles, tokenizer: Any, *, limit: int | None
         if not learned:
             raise ConfigError(f"{key}: {path} holds nothing to learn: no row has a token that is predicted")
 
-    def read(path: str, key: str, cut: Callable[..., Iterator[Piece]], rows: int | None = None) -> TokenSet:
+    def read(
+        path: str, key: str, cut: Callable[..., Iterator[PackedExample]], rows: int | None = None
+    ) -> TokenSet:
         pieces = TokenSet(cut(found(path, key, rows=rows)), pad=pad, by_position=options.packing)
         if not len(pieces):
             raise ConfigError(f"{key}: no row of {path} has a completion within {options.max_length} tokens")

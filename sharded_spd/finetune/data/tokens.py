@@ -17,22 +17,22 @@ from sharded_spd.finetune.metrics import IGNORED
 
 
 @dataclass(frozen=True)
-class Piece:
+class PackedExample:
     """One example: the tokens of one or several documents, and where each of these begins."""
 
     tokens: Tokens
     starts: tuple[int, ...] = (0,)
 
 
-def documents(found: Iterable[Tokens], *, length: int) -> Iterator[Piece]:
+def documents(found: Iterable[Tokens], *, length: int) -> Iterator[PackedExample]:
     """One example per document, cut off at `length`; what has nothing to predict is left out."""
     for tokens in found:
         piece = tokens.cut(0, length)
         if piece.targets.any():
-            yield Piece(piece)
+            yield PackedExample(piece)
 
 
-def packed(found: Iterable[Tokens], *, length: int, whole: bool = False) -> Iterator[Piece]:
+def packed(found: Iterable[Tokens], *, length: int, whole: bool = False) -> Iterator[PackedExample]:
     """Examples of `length` tokens, the last one shorter: documents end to end, cut where one is full.
 
     `whole`: what does not fit begins a new example, so that only documents longer than that are cut.
@@ -54,16 +54,16 @@ def packed(found: Iterable[Tokens], *, length: int, whole: bool = False) -> Iter
     yield from _joined(parts)
 
 
-def _joined(parts: Sequence[Tokens]) -> Iterator[Piece]:
+def _joined(parts: Sequence[Tokens]) -> Iterator[PackedExample]:
     if not any(part.targets.any() for part in parts):
         return
     sizes = [len(part) for part in parts]
     starts = tuple(sum(sizes[:at]) for at in range(len(sizes)))
     joined = Tokens(np.concatenate([p.ids for p in parts]), np.concatenate([p.targets for p in parts]))
-    yield Piece(joined, starts)
+    yield PackedExample(joined, starts)
 
 
-def collate(pieces: Sequence[Piece], *, pad: int, by_position: bool) -> Batch:
+def collate(pieces: Sequence[PackedExample], *, pad: int, by_position: bool) -> Batch:
     """`input_ids` and `labels` `[n, longest]`, filled up with `pad` on the right.
 
     `by_position`: also `position_ids`, which begin again at each document, so that none sees another; else
@@ -92,7 +92,7 @@ class TokenSet:
 
     lazy = False
 
-    def __init__(self, pieces: Iterable[Piece], *, pad: int, by_position: bool) -> None:
+    def __init__(self, pieces: Iterable[PackedExample], *, pad: int, by_position: bool) -> None:
         self._pad, self._by_position = pad, by_position
         every = list(pieces)
         self._starts = [piece.starts for piece in every]
@@ -114,10 +114,10 @@ class TokenSet:
         """The tokens that are predicted."""
         return float(self._counts[indices].sum())
 
-    def piece(self, index: int) -> Piece:
+    def piece(self, index: int) -> PackedExample:
         """One example."""
         start, stop = self._edges[index], self._edges[index + 1]
-        return Piece(Tokens(self._ids[start:stop], self._targets[start:stop]), self._starts[index])
+        return PackedExample(Tokens(self._ids[start:stop], self._targets[start:stop]), self._starts[index])
 
     def take(self, indices: torch.Tensor) -> Batch:
         """Those at `indices`, filled up to the longest."""
@@ -133,13 +133,13 @@ class TokenStream:
     """
 
     documents: Callable[[], Iterator[Tokens]]
-    cut: Callable[[Iterable[Tokens]], Iterator[Piece]]
+    cut: Callable[[Iterable[Tokens]], Iterator[PackedExample]]
     length: int
     buffer: int
     pad: int
     by_position: bool
 
-    def examples(self, seed: int) -> Iterator[Piece]:
+    def examples(self, seed: int) -> Iterator[PackedExample]:
         """The same on every rank.
 
         Raises:
@@ -171,10 +171,10 @@ class TokenStream:
             yield from kept
             kept = []
 
-    def units_of(self, examples: Sequence[Piece]) -> float:
+    def units_of(self, examples: Sequence[PackedExample]) -> float:
         """The tokens that are predicted."""
         return float(sum(int(piece.tokens.targets.sum()) for piece in examples))
 
-    def collate(self, examples: Sequence[Piece]) -> Batch:
+    def collate(self, examples: Sequence[PackedExample]) -> Batch:
         """Filled up to the longest."""
         return collate(examples, pad=self.pad, by_position=self.by_position)

@@ -134,7 +134,7 @@ class _Job:
                 problem = f"output_dir: {self.config.output_dir} cannot be made: {error.strerror}"
             except ConfigError as error:
                 problem = str(error)
-        made, problem, self.resumed = self.world.share((made, problem, self.resumed))
+        made, problem, self.resumed = self.world.broadcast((made, problem, self.resumed))
         if made is None:
             raise ConfigError(problem or "output_dir: no directory")
         return str(made)
@@ -210,7 +210,7 @@ class _Job:
     def _stop_code(self) -> int:
         """The exit code of a stopped job, the same on all ranks."""
         own = self.stop.exit_code if self.stop.signal is not None else 0
-        return int(self.world.share(own)) or self.stop.exit_code
+        return int(self.world.broadcast(own)) or self.stop.exit_code
 
     def _checkpoint(self) -> Path:
         pretrain = self.config.pretrain
@@ -218,7 +218,7 @@ class _Job:
             source, revision = self.config.checkpoint or "", self.config.revision
             return self.world.agree(lambda: check_checkpoint(source, revision))
         path = cached_checkpoint(self.config, pretrain, ranks=self.world.size)
-        if self.world.share((path / "config.json").is_file()):
+        if self.world.broadcast((path / "config.json").is_file()):
             self.display.say(f"Pre-trained checkpoint: {path} (made by an earlier run)")
             return path
         self.display.say(f"Pre-training a {pretrain.model_type} ({pretrain.augment} augmentations), once")

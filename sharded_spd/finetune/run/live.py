@@ -34,7 +34,7 @@ class Run(Protocol):
         ...
 
 
-class Live:
+class ModelInTraining:
     """A model in training: its engine, its optimizer, and how far it has moved from its start."""
 
     def __init__(self, trainer: Run, method: Method, seed: int, purpose: str) -> None:

@@ -40,7 +40,7 @@ class Progress:
     def __init__(self, directory: Path, world: World) -> None:
         self._path, self._world = directory / _PROGRESS, world
         found = _read(self._path) if self._path.is_file() else {}
-        known: dict[str, Any] | None = world.share(found)
+        known: dict[str, Any] | None = world.broadcast(found)
         try:
             if known is None:
                 raise TypeError("no JSON object")

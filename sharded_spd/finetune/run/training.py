@@ -17,7 +17,7 @@ from sharded_spd.finetune.metrics import make_metrics
 from sharded_spd.finetune.report.records import Evaluation, Recorder, TrainingResult
 from sharded_spd.finetune.run.evaluate import evaluate
 from sharded_spd.finetune.run.head_first import read_head, train_head
-from sharded_spd.finetune.run.live import Live, loads_shards
+from sharded_spd.finetune.run.live import ModelInTraining, loads_shards
 from sharded_spd.finetune.run.loop import StepReport, fit
 from sharded_spd.finetune.run.methods import Method
 from sharded_spd.finetune.run.progress import Display
@@ -49,7 +49,7 @@ class Trainer:
         self.config, self.task, self.checkpoint = config, task, checkpoint
         self.world, self.stop, self.recorder, self.display = world, stop, recorder, display
         self.progress, self.directory = progress, directory
-        self._live: Live | None = None
+        self._live: ModelInTraining | None = None
         self.metrics = make_metrics(config.metrics or task.metrics[:1], known=task.metrics)
         self._model_config = world.agree(lambda: task.model_config(checkpoint))
         self._seen: dict[int, Splits] = {}
@@ -71,7 +71,7 @@ class Trainer:
         if self.config.head_first is None:
             return {}
         path = self.directory / "heads" / f"seed{seed}.safetensors"
-        if not self.world.share(path.is_file()):
+        if not self.world.broadcast(path.is_file()):
             self.display.begin(f"head, seed {seed}")
             train_head(
                 self.config,
@@ -87,7 +87,7 @@ class Trainer:
             )
         return self.world.agree(lambda: read_head(path))
 
-    def _start(self, live: Live, seed: int) -> list[Evaluation]:
+    def _start(self, live: ModelInTraining, seed: int) -> list[Evaluation]:
         """The scores before training, found once where they are the same for all seeds.
 
         Nothing where the training goes on from a checkpoint, which has them.
@@ -161,7 +161,7 @@ class Trainer:
         self._done(live)
         return result
 
-    def _done(self, live: Live) -> None:
+    def _done(self, live: ModelInTraining) -> None:
         """Let a training go whose outcome is written down."""
         self._live = None
         if live.keeper is not None:
@@ -175,8 +175,8 @@ class Trainer:
         purpose: str,
         history: list[Evaluation] | None = None,
         speeds: list[float] | None = None,
-    ) -> Live:
-        live = self._live = Live(self, method, seed, purpose)
+    ) -> ModelInTraining:
+        live = self._live = ModelInTraining(self, method, seed, purpose)
         if history is not None:
             history[:] = self._start(live, seed)
         tags = {"purpose": purpose, "method": method.name, "weight_decay": method.weight_decay, "seed": seed}
@@ -247,7 +247,7 @@ class Trainer:
         )
         return live
 
-    def _save(self, live: Live, to: Path) -> None:
+    def _save(self, live: ModelInTraining, to: Path) -> None:
         self.task.save_model(live.kind, live.engine.wholes(), to)
 
     @property

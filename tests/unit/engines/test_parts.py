@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharded_spd.engines.parts import chunk, overlap, tile
+from sharded_spd.engines.flat import chunk, overlap, tile
 from sharded_spd.rules.rows import row_count, row_spans
 from sharded_spd.sharding.layout import FlatRange, ShardSlice
 

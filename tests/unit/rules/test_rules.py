@@ -49,9 +49,9 @@ def test_ftp_begins_at_the_anchor_and_grows_against_the_gradient() -> None:
     """Radius 1e-8 at first; the second step's Adam has counted the first, whose gradient was 0."""
     rule = FTP()
     state = dict(rule.prepare([LayerInfo("w", (2, 3))]))
-    s = rule.shrink(_ftp(_vector(0.5, 0.25), 0.0), state, ONE)
+    s = rule.pull(_ftp(_vector(0.5, 0.25), 0.0), state, ONE)
     torch.testing.assert_close(s, _vector(1 - 1e-8 / (0.5 + 1e-8), 1 - 1e-8 / (0.25 + 1e-8)))
-    s = rule.shrink(_ftp(_vector(0.5, 0.001), -3.0), state, ONE)
+    s = rule.pull(_ftp(_vector(0.5, 0.001), -3.0), state, ONE)
     radius = 1e-8 + 1e-2 * (0.1 / (1 - 0.81)) / (0.001 / (1 - 0.999**2)) ** 0.5
     torch.testing.assert_close(state["radius"], _vector(radius))
     torch.testing.assert_close(s, _vector(1 - radius / (0.5 + 1e-8), 0.0))
@@ -61,12 +61,12 @@ def test_ftp_radius_stays_within_the_longest_row_and_k_anneals() -> None:
     """The radius never exceeds max n; k = 0 never lets it shrink."""
     state = dict(FTP().prepare([LayerInfo("w", (2, 3))]))
     state["radius"] = _vector(5.0)
-    FTP().shrink(_ftp(_vector(0.5, 0.25), 0.0), state, ONE)
+    FTP().pull(_ftp(_vector(0.5, 0.25), 0.0), state, ONE)
     torch.testing.assert_close(state["radius"], _vector(0.5 + 1e-8))
     held = dict(state)
-    FTP(k=0.0).shrink(_ftp(_vector(0.5, 0.25), 7.0), held, ONE)
+    FTP(k=0.0).pull(_ftp(_vector(0.5, 0.25), 7.0), held, ONE)
     assert torch.equal(held["radius"], state["radius"])
-    FTP(k=1.0).shrink(_ftp(_vector(0.5, 0.25), 7.0), state, ONE)
+    FTP(k=1.0).pull(_ftp(_vector(0.5, 0.25), 7.0), state, ONE)
     assert float(state["radius"]) < float(held["radius"])
 
 
@@ -81,7 +81,7 @@ def test_ftp_keeps_the_scaled_deviation() -> None:
 def test_mars_sp_cuts_rows_to_the_radius() -> None:
     """Rows within, on and outside of the ball, and one that is the anchor's."""
     stats = Stats(before={}, after={ROW_L1: _vector(0.0, 0.5, 1.0, 4.0)}, row_lengths=torch.tensor([4]))
-    assert MARSSP(radius=1.0).shrink(stats, {}, ONE).tolist() == [0.0, 0.0, 0.0, 0.75]
+    assert MARSSP(radius=1.0).pull(stats, {}, ONE).tolist() == [0.0, 0.0, 0.0, 0.75]
 
 
 def test_maps_falls_linearly_and_skips_biases_and_heads() -> None:
@@ -117,7 +117,7 @@ def test_cwd_decays_where_the_step_goes_home_too() -> None:
     block = Block(
         weight=_vector(1.9, 2.1, -1.9, 2.0), anchor=torch.zeros(4), kept=_vector(2.0, 2.0, -2.0, 2.0)
     )
-    s = CWD().shrink_elements(block, torch.tensor(0.1).double(), torch.tensor(2.0).double())
+    s = CWD().pull_elements(block, torch.tensor(0.1).double(), torch.tensor(2.0).double())
     torch.testing.assert_close(s.double(), _vector(0.2, 0.0, 0.2, 0.2))
 
 
@@ -182,7 +182,7 @@ def test_a_rule_of_your_own_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None
         name: ClassVar[str] = "half"
         spec: ClassVar[RuleSpec] = RuleSpec()
 
-        def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+        def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
             """S."""
             return torch.full_like(options.lr, self.share)
 
@@ -306,3 +306,22 @@ def test_what_is_no_number_per_layer_has_no_activation_rate(name: str) -> None:
     found = mixed.projector.metrics()
     assert found["activation_rate"] == 1.0
     assert found["layers"]["a.bias"]["s"] == pytest.approx(0.1)
+
+
+def test_a_rule_of_the_release_before_works_on_and_warns() -> None:
+    """`pull` was called `shrink`."""
+    with pytest.warns(FutureWarning, match=r"Old\.shrink is called pull now"):
+
+        @dataclass(frozen=True)
+        class Old(Rule):
+            name: ClassVar[str] = "old"
+            spec: ClassVar[RuleSpec] = RuleSpec(anchored=False)
+
+            def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+                return torch.full_like(options.lr, 0.5)
+
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamSPD([param], lr=0.25, betas=(0.0, 0.0), eps=0.0, weight_decay=1.0, rule=Old())
+    param.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.375))

@@ -18,7 +18,7 @@ from sharded_spd.sharding.reductions import all_reduce_
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FlatPiece:
     """What one tensor of the optimizer, of `numel` elements on this rank, holds of the model.
 
     `shapes` are those of the whole layers, one per slice. `split` are the groups that split the layers,
@@ -34,7 +34,7 @@ class Part:
     flat: bool = True
     local: Callable[[], Tensor] | None = None
 
-    def renamed(self, names: Mapping[str, str]) -> Part:
+    def renamed(self, names: Mapping[str, str]) -> FlatPiece:
         """The same with other layer names."""
         return replace(self, slices=tuple(replace(p, layer=names[p.layer]) for p in self.slices))
 
@@ -81,7 +81,7 @@ def gather_whole(
     return whole.view(shape).cpu()
 
 
-def take_part(whole: Tensor, piece: ShardSlice) -> Tensor:
+def take_piece(whole: Tensor, piece: ShardSlice) -> Tensor:
     """This rank's part of a whole layer, `[piece.numel]`."""
     start = _start(piece)
     return whole.reshape(-1)[start : start + piece.numel]
