@@ -172,7 +172,7 @@ class _LocalPart:
             unchecked=fqn in self.unchecked,
             pending=held.pending,
             before=old is not None,
-            away=old is None and is_away(settings.anchor, weight, values),
+            differs_from_weights=old is None and is_away(settings.anchor, weight, values),
             lossy=cast is not None and cast.worst > 0,
         )
 
@@ -245,8 +245,8 @@ class LayerTotals:
     `norm_sq`: |w0|^2. `prints`: the fingerprint, and `stored` that before a change of dtype. `known`: whether
     the anchor was known before this binding, or cannot be a snapshot of other weights; `unchecked`: whether
     no step has checked it yet; `pending`: whether it is not held; `before`: whether it was bound before;
-    `away`: whether a checkpoint anchors it elsewhere than at its weight; `lossy`: whether a change of dtype
-    changed its values.
+    `differs_from_weights`: whether a checkpoint anchors it elsewhere than at its weight; `lossy`: whether a
+    change of dtype changed its values.
     """
 
     norm_sq: float
@@ -256,7 +256,7 @@ class LayerTotals:
     unchecked: bool = False
     pending: bool = False
     before: bool = False
-    away: bool = False
+    differs_from_weights: bool = False
     lossy: bool = False
 
     @staticmethod
@@ -303,7 +303,7 @@ def _reduce(binding: Binding, own: Mapping[str, LayerTotals]) -> None:
         binding.fingerprints[fqn] = layer.prints
         if not layer.before:
             found.stored[fqn] = layer.stored
-        found.away += [fqn] if layer.away else []
+        found.differs_from_weights += [fqn] if layer.differs_from_weights else []
         found.lossy += [fqn] if layer.lossy else []
         if layer.pending:
             binding.unverified.pending.add(fqn)

@@ -108,10 +108,10 @@ def check_strays(binding: Binding) -> None:
     Raises:
         AnchorError: where they are probably a larger model's.
     """
-    strays, away = binding.found.strays, set(binding.found.away)
+    strays, differing = binding.found.strays, set(binding.found.differs_from_weights)
     for source, names in strays.items():
         own = [fqn for fqn, o in binding.options.items() if getattr(o.anchor, "source", "") == source]
-        if not away.intersection(own):
+        if not differing.intersection(own):
             binding.found.notes.append(
                 f"{source}: holds {len(names)} tensors of layers that the model lacks ({some(names, 3)}); "
                 "it begins at the values of the others there, so it was cut from a larger one"
@@ -200,7 +200,7 @@ GUARD_STATISTICS = (
 class _Signs(NamedTuple):
     """What a step showed of one layer."""
 
-    away: bool
+    left: bool
     """It is not at its anchor although the base has no state of it."""
     moved: bool
     """It has other weights than when it was bound, and its anchor was not held."""
@@ -238,7 +238,7 @@ def check_first_steps(
     moves = (lr != 0) | (found_inf > 0) | (guard[DOT] != 0)
     has_state, left_anchor = guard[HAS_STATE] > 0, guard[DELTA] > 0
     rows = {
-        "away": stepping & ~has_state & left_anchor & moves,
+        "left": stepping & ~has_state & left_anchor & moves,
         "moved": guard[MOVED] > 0,
         "real": stepping & (lr != 0) & (found_inf == 0),
         "stepping": stepping,
@@ -256,7 +256,7 @@ def check_first_steps(
         fresh = [fqn for fqn in part if fqn in unverified.fresh]
         # Where others were resumed it is only this layer's state that the checkpoint lacked.
         if not any(signs[fqn].resumed for fqn in fresh):
-            left += [fqn for fqn in fresh if signs[fqn].away]
+            left += [fqn for fqn in fresh if signs[fqn].left]
             tuned += [fqn for fqn in fresh if signs[fqn].trained and signs[fqn].real]
     thawed = [fqn for fqn in fqns if fqn in unverified.pending and signs[fqn].moved]
     _refuse(left, tuned, thawed, unverified.resting)

@@ -75,15 +75,15 @@ def rests(settings: LayerSettings, group: Mapping[str, Any]) -> bool:
 class Findings:
     """What the layers that were bound for the first time showed, the same on all ranks but for `worst`.
 
-    `stored`: their fingerprints before a change of dtype. `away`: those that a checkpoint anchors elsewhere
-    than at their weights. `lossy`: those whose values a change of dtype changed, on this rank by `worst` at
-    most. `pinned`: the layers' fingerprints, also of other ranks', by anchor and the fingerprint it ought to
-    have. `strays`: by the anchor's path, the tensors there that go on where the model ends. `notes`: what is
-    to be said once.
+    `stored`: their fingerprints before a change of dtype. `differs_from_weights`: those that a checkpoint
+    anchors elsewhere than at their weights. `lossy`: those whose values a change of dtype changed, on this
+    rank by `worst` at most. `pinned`: the layers' fingerprints, also of other ranks', by anchor and the
+    fingerprint it ought to have. `strays`: by the anchor's path, the tensors there that go on where the model
+    ends. `notes`: what is to be said once.
     """
 
     stored: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    away: list[str] = field(default_factory=list)
+    differs_from_weights: list[str] = field(default_factory=list)
     lossy: list[str] = field(default_factory=list)
     worst: float = 0.0
     pinned: dict[tuple[str, str], dict[str, tuple[int, ...]]] = field(default_factory=dict)

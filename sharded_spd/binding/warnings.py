@@ -48,13 +48,13 @@ def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
 
     A base optimizer that has state was resumed, and then its weights may well have moved.
     """
-    away = list(binding.found.away)
-    binding.found.away.clear()
+    moved = list(binding.found.differs_from_weights)
+    binding.found.differs_from_weights.clear()
     if any(shard.has_state for shard in shards):
         return
     warnings.warn(
-        f"the model does not start at its anchor: {len(away)} layer(s) have other weights than the anchor's "
-        f"files ({some(away, 3)}): another revision, or a fine-tuned checkpoint, in place of the pre-trained "
+        f"the model does not start at its anchor: {len(moved)} layer(s) have other weights than the anchor's "
+        f"files ({some(moved, 3)}): another revision, or a fine-tuned checkpoint, in place of the pre-trained "
         "one? When resuming, load the optimizer's or the projector's state too",
         stacklevel=2,
     )

@@ -251,7 +251,9 @@ class Projector(Stepper):
             checks.check_saved(self._loaded.get("fingerprint", ""), binding.fingerprint)
         else:
             checks.check_unchanged(self._binding, binding, renamed)
-            binding.found.away += [renamed.get(fqn, fqn) for fqn in self._binding.found.away]
+            binding.found.differs_from_weights += [
+                renamed.get(fqn, fqn) for fqn in self._binding.found.differs_from_weights
+            ]
 
     def _shards(self) -> list[BoundShard]:
         return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
@@ -361,7 +363,7 @@ class Projector(Stepper):
         self._monitor.num_steps, moves = found
         if stepped:
             binding.unverified.fresh.clear()
-            binding.found.away.clear()
+            binding.found.differs_from_weights.clear()
         for target, value in moves:
             target.copy_(value)
 

@@ -121,7 +121,7 @@ class Stepper:
         if not sums_later:
             step.add_before()
         self._steps[optimizer] = step
-        if step.moves and self._binding.found.away:
+        if step.moves and self._binding.found.differs_from_weights:
             warn.about_start(self._binding, shards)
         return step
 
