@@ -54,7 +54,7 @@ def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
         return
     warnings.warn(
         f"the model does not start at its anchor: {len(moved)} layer(s) have other weights than the anchor's "
-        f"files ({some(moved, 3)}): another revision, or a fine-tuned checkpoint, in place of the pre-trained "
+        f"files ({some(moved, 3)}): another revision, or a fine-tuned checkpoint, instead of the pre-trained "
         "one? When resuming, load the optimizer's or the projector's state too",
         stacklevel=2,
     )
