@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from sharded_spd.sharding.layout import ShardSlice
+from sharded_spd.sharding.layout import ModelFacts, ShardSlice
 
 
 class Values(Protocol):
@@ -37,6 +37,23 @@ class Values(Protocol):
 
 
 @runtime_checkable
+class DiskValues(Values, Protocol):
+    """Values that stay in their file, which may change or go while they are in use."""
+
+    def changed(self) -> str | None:
+        """What has become of the file since it was opened, if anything: it must not be read then."""
+        ...
+
+    def check(self) -> None:
+        """Raises AnchorError where it has changed."""
+        ...
+
+    def whole(self) -> torch.Tensor | None:
+        """All values as one tensor, without a copy; None where they do not lie together."""
+        ...
+
+
+@runtime_checkable
 class AnchorStore(Protocol):
     """A source of pre-trained values, read slice by slice."""
 
@@ -60,6 +77,32 @@ class AnchorStore(Protocol):
 def is_on_disk(store: AnchorStore | str) -> bool:
     """Whether a store's values are read from files in every step: it has a true `on_disk`."""
     return bool(getattr(store, "on_disk", False))
+
+
+@runtime_checkable
+class NamedStore(AnchorStore, Protocol):
+    """A store that finds the model's layers by their names, which may be others there."""
+
+    @property
+    def names(self) -> Mapping[str, str | None]:
+        """The tensor that each layer takes its values from; None: there is none."""
+        ...
+
+    def know(self, facts: ModelFacts, fqns: Iterable[str]) -> None:
+        """Take note of what the model says of its layers, and of the names of all of them."""
+        ...
+
+    def strays(self, model_fqns: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Tensors of layers that the model lacks: those that it leaves out on purpose, and the others."""
+        ...
+
+    def fetch(self, piece: ShardSlice, weight: torch.Tensor | None = None) -> Values | None:
+        """As any store's; `weight` `[piece.numel]` has the rows of a resized table that the store lacks."""
+        ...
+
+    def refuse_zero(self, piece: ShardSlice, weight: torch.Tensor) -> str | None:
+        """Why a layer that the store lacks cannot be anchored at zero, if so."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_spd.anchors.base import AnchorStore, Values
+from sharded_spd.anchors.base import AnchorStore, NamedStore, Values
 from sharded_spd.anchors.casting import cast_of, is_away
-from sharded_spd.anchors.files import FileAnchor
 from sharded_spd.anchors.fingerprint import SEEDS, slice_fingerprint
 from sharded_spd.anchors.memory import TensorAnchor
 from sharded_spd.anchors.notes import about_products, kept_at_start, notes
@@ -43,10 +42,10 @@ def _check_stores(layout: ShardLayout, options: Mapping[str, LayerSettings], fou
             by_store.setdefault(id(layer.anchor), (layer.anchor, {}))[1][fqn] = layout.shapes[fqn]
     problems = []
     for store, shapes in by_store.values():
-        if isinstance(store, FileAnchor):
+        if isinstance(store, NamedStore):
             store.know(layout.facts, [*layout.fqns, *layout.elsewhere, *layout.model_fqns])
         problems += store.problems(shapes)
-        if not problems and isinstance(store, FileAnchor):
+        if not problems and isinstance(store, NamedStore):
             on_purpose, strays = store.strays(layout.model_fqns)
             found.strays |= {store.source: strays} if strays else {}
             if on_purpose:
@@ -192,7 +191,7 @@ class _LocalPart:
     def _note_zero(self, shard: BoundShard, piece: ShardSlice, weight: Tensor, store: object) -> None:
         """A layer that is newly anchored at zero: whether it is there, or may not be."""
         self.nonzero[piece.layer] = bool(weight.any())
-        if isinstance(store, FileAnchor) and shard.requires_grad:
+        if isinstance(store, NamedStore) and shard.requires_grad:
             self.refused += filter(None, [store.refuse_zero(piece, weight)])
 
     def check_zeros(self) -> None:

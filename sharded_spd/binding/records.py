@@ -11,10 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sharded_spd.anchors.base import AnchorStore, Values, is_on_disk
-from sharded_spd.anchors.files import FileAnchor
+from sharded_spd.anchors.base import AnchorStore, DiskValues, NamedStore, Values, is_on_disk
 from sharded_spd.anchors.fingerprint import combine, slice_fingerprint
-from sharded_spd.anchors.mapped import MappedValues
 from sharded_spd.anchors.memory import take_region
 from sharded_spd.errors import AnchorError
 from sharded_spd.rules import Rule
@@ -143,7 +141,7 @@ class Binding:
     def names(self) -> dict[str, str | None]:
         """The tensor of its file that each layer is anchored at; None: the file lacks it."""
         files = {fqn: own.anchor for fqn, own in self.options.items() if own.rule.spec.anchored}
-        return {fqn: a.names.get(fqn) for fqn, a in files.items() if isinstance(a, FileAnchor)}
+        return {fqn: a.names.get(fqn) for fqn, a in files.items() if isinstance(a, NamedStore)}
 
     def check_files(self) -> None:
         """Raises AnchorError where the file of an anchor on disk has changed since it was bound."""
@@ -184,7 +182,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 def lost(values: Values | None) -> str | None:
     """Why values on disk can be read no more, if so: reading them might even end the process."""
-    return values.changed() if isinstance(values, MappedValues) else None
+    return values.changed() if isinstance(values, DiskValues) else None
 
 
 def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Values | None:
@@ -193,7 +191,7 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Values |
         values: Values = weight.to(options.anchor_dtype or weight.dtype, copy=True)
     else:
         store = options.anchor
-        fetched = store.fetch(piece, weight) if isinstance(store, FileAnchor) else store.fetch(piece)
+        fetched = store.fetch(piece, weight) if isinstance(store, NamedStore) else store.fetch(piece)
         if fetched is None:
             return None
         if fetched.numel() != piece.numel:
@@ -204,7 +202,7 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Values |
 
 def place(values: Values, weight: Tensor, options: LayerSettings) -> Values:
     """The values where their layer wants them: beside the weight, or in host memory; on disk they stay."""
-    if isinstance(values, MappedValues):
+    if isinstance(values, DiskValues):
         values.check()
     if not isinstance(values, Tensor):
         return values

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sharded_spd.anchors.base import Values
-from sharded_spd.anchors.mapped import MappedValues
+from sharded_spd.anchors.base import DiskValues, Values
 from sharded_spd.binding.records import Binding, lost, rests
 from sharded_spd.engines.dtensor import local_tensors
 from sharded_spd.kernels import FORMED, REFERENCE, Backend, Moments, Slice, Table, choose
@@ -206,7 +205,7 @@ class LocalSlices:
                 item.values, item.moved = self._binding.take(item.piece, tensors.flat_weight())
                 tensors.anchor, item.settled = item.values, True
             values = item.values
-            if isinstance(values, MappedValues):
+            if not (values is None or isinstance(values, Tensor)) and isinstance(values, DiskValues):
                 self._look_at_file(item, values)
             live.append(item)
         if self._on_gpu(live):
@@ -226,7 +225,7 @@ class LocalSlices:
         """Whether its anchor was never asked for, and is not now."""
         return not item.settled and rests(self._binding.options[item.piece.layer], shard.param_group)
 
-    def _look_at_file(self, item: LocalSlice, values: MappedValues) -> None:
+    def _look_at_file(self, item: LocalSlice, values: DiskValues) -> None:
         changed = lost(values)
         if changed is not None:
             self.lost[item.piece.layer], item.tensors.anchor = changed, None
