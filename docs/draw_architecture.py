@@ -29,7 +29,7 @@ STEP = [
     ("optim", "_step_base", "Adam, from w to w~"),
     ("projection", "after_step", "closes it, for all layers at once"),
     ("kernels", "sums", "of |w~ - w0|², on this rank"),
-    ("sharding", "all_reduce_", "all these sums, once per scope"),
+    ("projection", "reduce_together_", "one all-reduce per scope"),
     ("rules", "shrink", "the pull s of each layer, from the sums"),
     ("kernels", "pull_", "w = w~ - s (w~ - w0)"),
 ]

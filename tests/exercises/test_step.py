@@ -43,7 +43,6 @@ def takes_the_path(engine: Engine) -> None:
     rest = iter(entered)
     for folder, function, _ in runpy.run_path(str(SCRIPT))["STEP"]:
         assert (folder, function) in rest, f"no {function} in {folder} at its place in {entered}"
-    assert sum(call == ("sharding", "all_reduce_") for call in entered) == (engine.world > 1)
 
 
 TASK = Task("path_of_a_step", "fsdp2", 2, takes_the_path)
