@@ -30,7 +30,7 @@ STEP = [
     ("projection", "after_step", "closes it, for all layers at once"),
     ("kernels", "sums", "of |w~ - w0|², on this rank"),
     ("projection", "reduce_together_", "one all-reduce per scope"),
-    ("rules", "shrink", "the pull s of each layer, from the sums"),
+    ("rules", "pull", "the pull s of each layer, from the sums"),
     ("kernels", "pull_", "w = w~ - s (w~ - w0)"),
 ]
 """The folders that a step of AdamSPD comes through in turn: a function there, and what happens."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sharded_spd.anchors.base import Values
-from sharded_spd.errors import AnchorError
 from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 SEEDS = (0x5350445F616E6368, 0x6F725F7368617264)
@@ -100,27 +99,6 @@ def combine(fingerprints: Mapping[str, tuple[int, ...]]) -> str:
 def in_words(fingerprint: Iterable[int]) -> list[str]:
     """A layer's fingerprint as manifests and checkpoints have it: 16 hexadecimal digits for each seed."""
     return [f"{x & (1 << 64) - 1:016x}" for x in fingerprint]
-
-
-_USUAL_CAUSE = "another pre-trained model or revision, or weights loaded before the anchor was taken"
-
-
-def another_anchor(
-    where: str, whose: str, *, wanted: str, got: str, advice: str, cause: str = _USUAL_CAUSE
-) -> AnchorError:
-    """Return the error for an anchor that has another fingerprint than was noted down for it.
-
-    Args:
-        where: which anchors: of the run, of a group, of layers.
-        whose: what has it noted down, as in "the checkpoint's".
-        wanted: the fingerprint there.
-        got: that of the anchor here.
-        advice: what to do about it.
-        cause: how it may have come about.
-    """
-    return AnchorError(
-        f"{where}: another anchor than {whose}: wanted fingerprint {wanted}, got {got}: {cause}; {advice}"
-    )
 
 
 def combine_nameless(fingerprints: Iterable[tuple[int, ...]]) -> str:

@@ -19,12 +19,12 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from sharded_spd.anchors.base import VouchedStore, is_on_disk
-from sharded_spd.anchors.fingerprint import another_anchor, combine, in_words
+from sharded_spd.anchors.fingerprint import combine, in_words
 from sharded_spd.anchors.manifest import other_values
 from sharded_spd.anchors.paths import some
 from sharded_spd.binding.records import Binding, LayerSettings, Unverified, flat
 from sharded_spd.engines.dtensor import local_tensor
-from sharded_spd.errors import AnchorError, BindingError
+from sharded_spd.errors import AnchorError, BindingError, another_anchor
 from sharded_spd.rules.statistics import Statistic
 from sharded_spd.sharding.collectives import agree
 from sharded_spd.sharding.layout import BoundShard

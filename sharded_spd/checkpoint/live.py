@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sharded_spd.anchors.fingerprint import another_anchor, in_words
+from sharded_spd.anchors.fingerprint import in_words
 from sharded_spd.checkpoint.codec import key_of, merge
 from sharded_spd.checkpoint.deepspeed import is_engine
 from sharded_spd.checkpoint.ranks import Ranks
-from sharded_spd.errors import CheckpointError
+from sharded_spd.errors import CheckpointError, another_anchor
 from sharded_spd.projection.projector import Projector
 from sharded_spd.sharding.names import clean_fqns
 

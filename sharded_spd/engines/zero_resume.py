@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sharded_spd.anchors.fingerprint import another_anchor
+from sharded_spd.errors import another_anchor
 
 _FINGERPRINT, _INDEX, _RATES = "spd_anchor", "spd_group", "spd_lrs"
 """Keys of a param group: the anchors' fingerprint, its number, the lr of every group at the last step."""

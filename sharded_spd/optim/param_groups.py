@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_spd.anchors.fingerprint import another_anchor
 from sharded_spd.binding.records import LayerSettings, rests
 from sharded_spd.config.resolve import GroupSpec, open_source, source_name
 from sharded_spd.engines.base import made_up_name
 from sharded_spd.engines.param_refusals import is_left_alone
-from sharded_spd.errors import AnchorError, BindingError, ConfigError
+from sharded_spd.errors import AnchorError, BindingError, ConfigError, another_anchor
 from sharded_spd.rules import make_rule
 from sharded_spd.rules.decay import Decay
 from sharded_spd.sharding.names import clean_fqns

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 
 from tests.reference.oracle import LayerOptions
@@ -9,9 +12,11 @@ from tests.support.engines import Engine
 from tests.support.step_path import StepPath
 from tests.support.training import Training
 
+PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
+
 
 def few_modules(engine: Engine, *, modules: int, moves: int) -> None:
-    """A step of AdamSPD on four layers, once all is checked that is checked in the first ones."""
+    """A step of AdamSPD on four layers, once all is checked that is checked in the first ones: those of the page."""
     torch.manual_seed(0)
     start = {f"{name}.{kind}": torch.randn(8) for name in "ab" for kind in ("weight", "bias")}
     training = Training(engine, start, LayerOptions(lr=0.01, weight_decay=1.0))
@@ -22,3 +27,5 @@ def few_modules(engine: Engine, *, modules: int, moves: int) -> None:
     path.trace(training.optimizer.step)
     assert len(path.calls) <= modules, path
     assert path.moves <= moves, path
+    page = PAGE.read_text(encoding="utf-8").partition("### To follow one step")[2].partition("###")[0]
+    assert set(path.calls) == set(re.findall(r"^\d+\. \[([\w/]+\.py)\]", page, re.M)), path

@@ -22,7 +22,7 @@ class Ball(Rule):
     name: ClassVar[str] = "ball"
     spec: ClassVar[RuleSpec] = RuleSpec(after=(DELTA_SQ,))
 
-    def shrink(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
+    def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """1 - radius / |w~ - w0| outside of the ball, 0 inside."""
         norm = stats.after[DELTA_SQ].sqrt()
         return torch.where(norm > self.radius, 1 - self.radius / norm, 0.0)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from sharded_spd.config import SPDConfig
 from sharded_spd.config.resolve import ConfigResolver
 from sharded_spd.engines.base import keep
-from sharded_spd.engines.parts import chunk, gather_whole, take_part, tile
+from sharded_spd.engines.flat import chunk, gather_whole, take_piece, tile
 from sharded_spd.projection.projector import Projector
 from sharded_spd.sharding.layout import BoundShard, Scope, ShardLayout
 
@@ -103,7 +103,7 @@ class FlatBufferAdapter:
     def rewrite(self, shards: Sequence[BoundShard]) -> None:
         """Nothing: the model is filled after the step."""
 
-    def mark(self, fingerprint: str | None) -> None:
+    def tag_param_groups(self, fingerprint: str | None) -> None:
         """Nothing: this engine has no checkpoints of its own."""
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class FlatBufferAdapter:
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
         """This rank's part of it."""
-        return take_part(saved, self._pieces[fqn])
+        return take_piece(saved, self._pieces[fqn])
 
 
 def attach_flat(engine: FlatBuffer, optimizer: Optimizer, config: SPDConfig) -> Projector:
