@@ -15,7 +15,7 @@ from sharded_spd.anchors.base import AnchorStore, DiskValues, NamedStore, Values
 from sharded_spd.anchors.fingerprint import combine, slice_fingerprint
 from sharded_spd.anchors.memory import take_region
 from sharded_spd.errors import AnchorError
-from sharded_spd.rules import Rule
+from sharded_spd.rules.base import Rule
 from sharded_spd.sharding.layout import ShardLayout, ShardSlice
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch.nn import Module
 
-from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.codec import split, tensor_names
 from sharded_spd.checkpoint.folder import check_complete
 from sharded_spd.checkpoint.live import RNG, Live, as_optimizers, check_fits, check_groups
 from sharded_spd.checkpoint.ranks import Ranks
 from sharded_spd.checkpoint.rng import rng_state
 from sharded_spd.checkpoint.storage import METADATA, read_metadata
+from sharded_spd.engines.deepspeed import is_of_deepspeed
 from sharded_spd.errors import CheckpointError, UnsupportedError
 from sharded_spd.projection.projector import Projector
 
@@ -26,7 +26,7 @@ def live_of(model: Module, optimizer: Any, projector: Projector | None, schedule
     Raises:
         UnsupportedError: for what keeps its state in a form of its own.
     """
-    optimizers = () if deepspeed.is_engine(model) else as_optimizers(optimizer)
+    optimizers = () if is_of_deepspeed(model) else as_optimizers(optimizer)
     for candidate in (model, *optimizers):
         if type(candidate).__module__.startswith("fairscale") or hasattr(candidate, "consolidate_state_dict"):
             raise UnsupportedError(
@@ -61,7 +61,7 @@ def described(live: Live, folder: Path) -> tuple[Any, Any, str]:
         CheckpointError: damaged, or of another kind of run.
         AnchorError: written with another anchor.
     """
-    if deepspeed.is_engine(live.model):  # it reads files of which only the marker tells
+    if is_of_deepspeed(live.model):  # it reads files of which only the marker tells
         check_complete(folder)
     metadata, values = read_metadata(folder)
     live.check_anchors(values.get("anchors"))
@@ -70,7 +70,7 @@ def described(live: Live, folder: Path) -> tuple[Any, Any, str]:
 
 
 def _check_parts(values: Any, live: Live, folder: Path) -> None:
-    engine = deepspeed.is_engine(live.model)
+    engine = is_of_deepspeed(live.model)
     parts = {
         "model": not engine,
         "optimizer": bool(live.optimizers),

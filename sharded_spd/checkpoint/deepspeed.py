@@ -19,11 +19,6 @@ KEY = "sharded_spd"
 _TAG = "deepspeed"
 
 
-def is_engine(model: Any) -> bool:
-    """Whether `model` is an engine of DeepSpeed."""
-    return any(cls.__module__.startswith("deepspeed.") for cls in type(model).__mro__)
-
-
 def save(engine: Any, projector: Projector | None, folder: Path) -> None:
     """Let the engine save itself into `folder`. Collective.
 

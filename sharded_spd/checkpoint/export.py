@@ -26,6 +26,7 @@ from torch.nn import Module
 from sharded_spd.checkpoint import deepspeed
 from sharded_spd.checkpoint.live import quiet
 from sharded_spd.checkpoint.ranks import Ranks, everyone, groups_of
+from sharded_spd.engines.deepspeed import is_of_deepspeed
 from sharded_spd.errors import CheckpointError
 from sharded_spd.safetensors_io.writer import Entry, TensorFile
 
@@ -80,7 +81,7 @@ def _export_groups(model: Module, group: dist.ProcessGroup | None) -> list[dist.
                 "group: wanted a process group that this rank is in; do not export elsewhere"
             )
         return [group]
-    own = [] if deepspeed.is_engine(model) else groups_of(model)
+    own = [] if is_of_deepspeed(model) else groups_of(model)
     return own or everyone()
 
 
@@ -208,7 +209,7 @@ def wholes(model: Module, *, ranks: Ranks | None = None) -> list[Whole]:
     `ranks`: None is all of the job.
     """
     ranks = Ranks(everyone()) if ranks is None else ranks
-    if deepspeed.is_engine(model):
+    if is_of_deepspeed(model):
         found = ranks.agree(lambda: list(deepspeed.wholes(model)), "the model's tensors")
         return [Whole(Entry(n, dtype, shape), gather) for n, dtype, shape, gather in found]
 

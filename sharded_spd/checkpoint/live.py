@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 
 from sharded_spd.anchors.fingerprint import in_words
 from sharded_spd.checkpoint.codec import key_of, merge
-from sharded_spd.checkpoint.deepspeed import is_engine
 from sharded_spd.checkpoint.ranks import Ranks
+from sharded_spd.engines.deepspeed import is_of_deepspeed
 from sharded_spd.errors import CheckpointError, another_anchor
 from sharded_spd.projection.projector import Projector
 from sharded_spd.sharding.names import clean_fqns
@@ -52,7 +52,7 @@ class Live:
     @property
     def parts(self) -> str:
         """What there is to save or load, in words; the same on all ranks."""
-        kind = "a DeepSpeed engine" if is_engine(self.model) else "a model"
+        kind = "a DeepSpeed engine" if is_of_deepspeed(self.model) else "a model"
         has = [f"{len(self.optimizers)} optimizer(s)"]
         has += ["a projector"] * (self.projector is not None) + ["a scheduler"] * (self.scheduler is not None)
         return ", ".join([kind, *has])

@@ -29,6 +29,7 @@ from sharded_spd.checkpoint.live import RNG, Live, merge_groups, quiet, states_i
 from sharded_spd.checkpoint.ranks import Ranks
 from sharded_spd.checkpoint.rng import set_rng_state
 from sharded_spd.checkpoint.storage import METADATA, Reader, StagedPlanner, Writer, check_folder
+from sharded_spd.engines.deepspeed import is_of_deepspeed
 from sharded_spd.errors import CheckpointError, UnsupportedError
 from sharded_spd.projection.projector import Projector
 
@@ -122,7 +123,7 @@ class Checkpoints:
         def check() -> Live:
             if type(step) is not int or step < 0:
                 raise CheckpointError(f"step: got {step!r}; wanted a whole number, 0 or more")
-            if self._asynchronous and deepspeed.is_engine(model):
+            if self._asynchronous and is_of_deepspeed(model):
                 raise UnsupportedError("asynchronous: DeepSpeed writes its own files; wanted False")
             return live_of(model, optimizer, projector, scheduler, self._ranks)
 
@@ -131,7 +132,7 @@ class Checkpoints:
         final = folder_of(self.directory, step)
         values: dict[str, Any] = {"extra": extra, "step": step}
         part: Path | None = None
-        if deepspeed.is_engine(model):
+        if is_of_deepspeed(model):
             part = self._ranks.shared(lambda: start_folder(final), f"{final}: cannot be written")
         try:
             if part is not None:
@@ -262,11 +263,11 @@ class Checkpoints:
         ranks.compare(**{METADATA: digest})
         with ExitStack() as stack:
             template: dict[str, Any] = {}
-            if not deepspeed.is_engine(model):
+            if not is_of_deepspeed(model):
                 had = ranks.agree(lambda: states_in(metadata, values), damaged)
                 template = stack.enter_context(live.template(had))
             state, drawn = self._read(template, metadata, values, live, folder)
-            if deepspeed.is_engine(model):
+            if is_of_deepspeed(model):
                 deepspeed.load(model, live.projector, folder)
             if template:
                 live.restore(state, f"{folder}: holds a state that does not fit this run")

@@ -33,8 +33,13 @@ _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 
 
 def is_deepspeed_engine(target: Any) -> bool:
-    """Whether `target` is what `deepspeed.initialize` gives first."""
+    """Whether `target` is what `deepspeed.initialize` gives first, with an optimizer inside."""
     return hasattr(target, "basic_optimizer") and hasattr(target, "zero_optimization_stage")
+
+
+def is_of_deepspeed(model: Any) -> bool:
+    """Whether `model` is an engine, also one without an optimizer."""
+    return any(cls.__module__.startswith("deepspeed.") for cls in type(model).__mro__)
 
 
 def refuse_flat_optimizer(optimizer: Optimizer) -> None:

@@ -33,7 +33,7 @@ from sharded_spd.optim.param_groups import (
 )
 from sharded_spd.projection.projector import Projector
 from sharded_spd.projection.step import Step
-from sharded_spd.rules import Rule
+from sharded_spd.rules.base import Rule
 from sharded_spd.sharding.collectives import agree, agree_and_tell
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_spd.engines.dtensor import local_tensors
-from sharded_spd.kernels import ADAM_NUMBERS, Backend, Moments
+from sharded_spd.kernels.base import ADAM_NUMBERS, Backend, Moments
 from sharded_spd.projection.slices import LocalSlice
 from sharded_spd.projection.step import Step
 

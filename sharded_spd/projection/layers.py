@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from sharded_spd.binding.records import Binding
 from sharded_spd.projection.hyperparams import HostVector
-from sharded_spd.rules import LayerInfo, Rule
+from sharded_spd.rules.base import LayerInfo, Rule
 from sharded_spd.rules.rows import row_count
 from sharded_spd.rules.statistics import Statistic
 from sharded_spd.sharding.layout import BoundShard, ShardSlice

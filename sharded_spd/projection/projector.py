@@ -19,7 +19,7 @@ from sharded_spd.binding.bind import bind
 from sharded_spd.binding.records import Binding, HeldAnchor, LayerSettings, Resolver
 from sharded_spd.engines.base import EngineAdapter
 from sharded_spd.errors import BindingError
-from sharded_spd.kernels import backend_names
+from sharded_spd.kernels.choose import backend_names
 from sharded_spd.projection.metrics import Monitor, is_first, measure_deviation
 from sharded_spd.projection.rule_state import Moves, export_layers, find_layers, stateful_layers
 from sharded_spd.projection.slices import StepPlan

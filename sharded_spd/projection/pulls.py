@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_spd.kernels.reference import pull_, pull_back_
 from sharded_spd.projection.slices import LocalSlice
-from sharded_spd.rules import Options, Stats
+from sharded_spd.rules.base import Options, Stats
 from sharded_spd.rules.rows import expand_rows
 
 

@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup
 from sharded_spd.binding.checks import NUM_ROWS, check_first_steps
 from sharded_spd.binding.records import Unverified
 from sharded_spd.errors import BindingError, ConfigError
-from sharded_spd.kernels import FORMED
+from sharded_spd.kernels.base import FORMED
 from sharded_spd.projection.layers import Key, LayerTable, Phase, RuleLayers, ScopeIndex
-from sharded_spd.rules import Stats
+from sharded_spd.rules.base import Stats
 from sharded_spd.rules.statistics import Statistic
 from sharded_spd.sharding.collectives import Failure, raise_first, told_of
 from sharded_spd.sharding.reductions import all_reduce_

@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 from sharded_spd.anchors.base import DiskValues, Values
 from sharded_spd.binding.records import Binding, lost, rests
 from sharded_spd.engines.dtensor import local_tensors
-from sharded_spd.kernels import FORMED, REFERENCE, Backend, Moments, Slice, Table, choose
+from sharded_spd.kernels.base import FORMED, Backend, Moments, Slice, Table
+from sharded_spd.kernels.choose import REFERENCE, choose
 from sharded_spd.projection.hyperparams import Hyperparams
 from sharded_spd.projection.layers import LayerTable, Phase, RuleLayers
 from sharded_spd.projection.prefetch import ahead
 from sharded_spd.projection.reduction import Sums
-from sharded_spd.rules import RuleSpec
+from sharded_spd.rules.base import RuleSpec
 from sharded_spd.rules.rows import RowSpan, add_row_sums_, row_spans
 from sharded_spd.rules.statistics import CHUNK, DELTA_SQ, Block, Statistic, layer_sums
 from sharded_spd.sharding.layout import BoundShard, ShardSlice

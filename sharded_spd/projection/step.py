@@ -21,13 +21,14 @@ from sharded_spd.binding.checks import (
 )
 from sharded_spd.binding.records import has_strength
 from sharded_spd.errors import AnchorError
-from sharded_spd.kernels import REFERENCE, Moments
+from sharded_spd.kernels.base import Moments
+from sharded_spd.kernels.choose import REFERENCE
 from sharded_spd.kernels.reference import pull_
 from sharded_spd.projection.layers import RuleLayers
 from sharded_spd.projection.pulls import SlicePull, edit_
 from sharded_spd.projection.reduction import ABSENT, FAILED, Evidence, Reduction, Sums
 from sharded_spd.projection.slices import KernelBatch, LocalSlice, LocalSlices, StepPlan
-from sharded_spd.rules import Options, Stats
+from sharded_spd.rules.base import Options, Stats
 from sharded_spd.rules.statistics import DELTA_SQ, layer_sums
 from sharded_spd.sharding.layout import BoundShard
 

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 
 def few_modules(engine: Engine, *, modules: int, moves: int) -> None:
-    """A step of AdamSPD on four layers, once all is checked that is checked in the first ones: those of the page."""
+    """A step of AdamSPD on four layers enters those of the page, once the first ones have been checked."""
     torch.manual_seed(0)
     start = {f"{name}.{kind}": torch.randn(8) for name in "ab" for kind in ("weight", "bias")}
     training = Training(engine, start, LayerOptions(lr=0.01, weight_decay=1.0))

@@ -105,11 +105,6 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self._starts)
 
-    @property
-    def num_tokens(self) -> int:
-        """Of all examples together."""
-        return len(self._ids)
-
     def units(self, indices: torch.Tensor) -> float:
         """The tokens that are predicted."""
         return float(self._counts[indices].sum())
