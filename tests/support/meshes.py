@@ -13,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+Piece = tuple[tuple[int, ...], tuple[int, ...], bytes]
+"""A shard: where it begins in the whole, its shape, and its bytes, which are sent faster than tensors."""
+
 
 @functools.cache
 def device_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
@@ -25,14 +28,19 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     What is split over all ranks comes in one collective: one for each costs more than the step looked at.
     """
-    pieces: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    pieces: dict[str, Piece] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor) and _split_over_all(tensor):
             _, offsets = compute_local_shape_and_global_offset(
                 tensor.shape, tensor.device_mesh, tensor.placements
             )
-            pieces[name] = (tuple(offsets), tensor.detach().to_local().clone())
-    gathered: list[dict[str, tuple[tuple[int, ...], Tensor]]] = [{}] * dist.get_world_size()
+            local = tensor.detach().to_local().contiguous()
+            pieces[name] = (
+                tuple(offsets),
+                tuple(local.shape),
+                local.view(-1).view(torch.uint8).numpy().tobytes(),
+            )
+    gathered: list[dict[str, Piece]] = [{}] * dist.get_world_size()
     if pieces:
         dist.all_gather_object(gathered, pieces)
     result = {}
@@ -61,13 +69,13 @@ def _replica(tensor: DTensor) -> list[int]:
     return mesh.mesh[index].flatten().tolist()
 
 
-def _assembled(name: str, like: DTensor, pieces: list[tuple[tuple[int, ...], Tensor]]) -> Tensor:
-    held = sum(piece.numel() for _, piece in pieces)
-    if held != math.prod(like.shape):
+def _assembled(name: str, like: DTensor, pieces: list[Piece]) -> Tensor:
+    held = sum(math.prod(sizes) for _, sizes, _ in pieces)
+    if held != like.numel():
         raise AssertionError(f"{name}: got {held} elements in all shards, wanted {tuple(like.shape)}")
     result = torch.empty(like.shape, dtype=like.dtype)
-    for offsets, piece in pieces:
-        if piece.numel():
-            index = tuple(slice(at, at + size) for at, size in zip(offsets, piece.shape, strict=True))
-            result[index] = piece
+    for offsets, sizes, values in pieces:
+        if values:
+            index = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+            result[index] = torch.frombuffer(bytearray(values), dtype=like.dtype).view(sizes)
     return result
