@@ -21,13 +21,16 @@ CONFIG ?= configs/recipes/quickstart.yaml
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart check test test-all lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 quickstart: $(JOB_STAMP) ## set up and fine-tune on handwritten digits, AdamW beside SPD (minutes, CPU is enough)
 	$(BIN)/sharded-spd finetune $(CONFIG)
+
+check: lint ## the developer's loop, in about two minutes: lint and the unit tests that start no ranks
+	$(BIN)/python -m pytest tests/unit tests/reference -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 test: $(DEV_STAMP) ## set up and run the quick tests, in WORKERS processes at once
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)

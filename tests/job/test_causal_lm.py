@@ -17,6 +17,7 @@ from sharded_spd.cli import app as command
 from tests.job.commands import ROOT, environment, metrics, results
 from tests.job.conftest import save_tiny_model
 from tests.job.models import save_llama, write_texts
+from tests.support.warm import python
 
 QUICK = ("fsdp2", "zero2", "zero3")
 SLOW = ("ddp", "fsdp1", "zero1")
@@ -265,7 +266,7 @@ def test_checkpoints_load_elsewhere_and_reach_what_was_reported(
     """In a fresh process, by transformers alone: whole models, and adapters on top of their base."""
     trained = [results(run(name))["trainings"][0] for name in names]
     done = subprocess.run(
-        [sys.executable, "-c", SCORE, str(lm_home / "test.jsonl"), *(t["checkpoint"] for t in trained)],
+        [python("job"), "-c", SCORE, str(lm_home / "test.jsonl"), *(t["checkpoint"] for t in trained)],
         env=environment(lm_home),
         capture_output=True,
         text=True,

@@ -1,7 +1,6 @@
 """The real command under every engine: the same training, and a checkpoint that loads elsewhere."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.job.commands import COMMAND, ROOT, environment, finished, metrics, results
+from tests.support.warm import python
 
 RANKS = {
     "single": 1,
@@ -113,7 +113,7 @@ def test_saved_checkpoints_load_elsewhere_and_score_the_same(
 ) -> None:
     trained = [training for engine in engines for training in results(run(engine))["trainings"]]
     done = subprocess.run(
-        [sys.executable, "-c", SCORE, *(training["checkpoint"] for training in trained)],
+        [python("job"), "-c", SCORE, *(training["checkpoint"] for training in trained)],
         env=environment(home),
         capture_output=True,
         text=True,

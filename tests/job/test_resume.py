@@ -12,21 +12,14 @@ from pathlib import Path
 import pytest
 
 from sharded_spd.finetune.report.history import read_history
-from tests.job.commands import COMMAND, SECONDS, environment, metrics
+from tests.job.commands import COMMAND, SECONDS, environment, finetune, metrics
 from tests.job.test_stopping import processes_of, wait_for
 
 SETTINGS = ("engine=fsdp2", "ranks=2", "train.epochs=30", "train.evaluations=4", "checkpointing.every=7")
 
 
 def run(job: Path, home: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, str(job), *SETTINGS, f"output_dir={home / name}", *more],
-        cwd=home,
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    return finetune(str(job), *SETTINGS, f"output_dir={home / name}", *more, cache=home)
 
 
 def disturb(job: Path, home: Path, name: str, at: int, how: Callable[[subprocess.Popen[bytes]], None]) -> int:

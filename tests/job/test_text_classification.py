@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from tests.job.commands import environment, metrics, results
 from tests.job.conftest import save_tiny_model
 from tests.job.models import save_bert, sentences, write_lines
 from tests.job.test_causal_lm import in_this_process, on_two_ranks
+from tests.support.warm import python
 
 METRIC = """
 def share_of_cats(predictions, labels):
@@ -81,7 +81,7 @@ def test_new_head_metrics_and_early_stopping(home: Path, monkeypatch: pytest.Mon
     assert stopped["step"] == last["step"] == 2 * len(seen) < 400
     assert max(seen[-3:]) < max(seen[:-3]) + 1
     done = subprocess.run(
-        [sys.executable, "-c", SCORE, trained["checkpoint"], str(home / "test.jsonl")],
+        [python("job"), "-c", SCORE, trained["checkpoint"], str(home / "test.jsonl")],
         env=environment(home),
         capture_output=True,
         text=True,

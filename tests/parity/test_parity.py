@@ -240,7 +240,31 @@ def _all_rules() -> Iterator[Task]:
             yield from _cross((("single", 1), *FSDP2), rule_cases.rule_in_checkpoints, **own)
 
 
-TASKS = [*_golden(), *_oracle(), *_meshes(), *_resume(), *_collectives(), *_seam(), *_rules()]
+def _quick(tasks: Sequence[Task]) -> Iterator[Task]:
+    """Slow is what a quick case shows of the same engine on two ranks, but for some of every kind.
+
+    Of the golden files, two engines that are FSDP2 with something more have two.
+    """
+    quick = {(task.launch, task.name) for task in tasks if not task.slow}
+    for task in tasks:
+        fewer = {"ddp-4": "ddp-2", "fsdp2-4": "fsdp2-2"}.get(task.launch)
+        if task.launch in ("hsdp-4", "fsdp2_tp-4") and task.name.startswith("golden-"):
+            fewer = "fsdp2-2"
+        same = (fewer, task.name) in quick and not task.name.startswith(KEPT)
+        yield replace(task, slow=task.slow or same)
+
+
+KEPT = ("uneven", "golden-spd_basic", "golden-spd_missing", "rules", "file_anchor", "per_step", "ranks_bit")
+"""Quick on four ranks too: there are uneven and empty shards, layers without a gradient, values of a file."""
+
+TASKS = [
+    *_quick([*_golden(), *_oracle()]),
+    *_meshes(),
+    *_resume(),
+    *_collectives(),
+    *_seam(),
+    *_rules(),
+]
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, id=task.id, marks=task.marks) for task in TASKS])

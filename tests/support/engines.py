@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from tests.support.meshes import device_mesh, full_tensors
 from tests.support.models import tensor_parallel
 
 
@@ -73,11 +74,11 @@ class Engine:
 
     def weights(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """The whole layers, on every rank; collective."""
-        return {name: self.full(p) for name, p in params.items()}
+        return full_tensors(params)
 
     def gradients(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """The whole gradients that the optimizer will see, where there are any; collective."""
-        return {name: self.full(p.grad) for name, p in params.items() if p.grad is not None}
+        return full_tensors({name: p.grad for name, p in params.items() if p.grad is not None})
 
     def arrived(
         self, params: Mapping[str, nn.Parameter], given: Mapping[str, Tensor]
@@ -135,7 +136,7 @@ class Fsdp2(Engine):
 
     def mesh(self) -> DeviceMesh:
         """One axis over all ranks."""
-        return init_device_mesh("cpu", (self.world,), mesh_dim_names=("dp",))
+        return device_mesh((self.world,), ("dp",))
 
     @property
     def data_parallel(self) -> tuple[int, int]:
@@ -162,7 +163,7 @@ class Hsdp(Fsdp2):
 
     def mesh(self) -> DeviceMesh:
         """Replicas x shards."""
-        return init_device_mesh("cpu", (2, self.world // 2), mesh_dim_names=("replicate", "shard"))
+        return device_mesh((2, self.world // 2), ("replicate", "shard"))
 
 
 @dataclass
@@ -171,7 +172,7 @@ class Fsdp2Tp(Fsdp2):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Tensor parallelism first, as torch wants it."""
-        mesh = init_device_mesh("cpu", (self.world // 2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = device_mesh((self.world // 2, 2), ("dp", "tp"))
         tensor_parallel(model, mesh["tp"])
         for child in model.children():
             if sum(1 for _ in child.parameters()) > 1:
@@ -191,7 +192,7 @@ class HsdpTp(Fsdp2Tp):
     def wrap(self, model: nn.Module) -> nn.Module:
         """Tensor parallelism first, as torch wants it."""
         names = ("replicate", "shard", "tp")
-        mesh = init_device_mesh("cpu", (2, self.world // 4, 2), mesh_dim_names=names)
+        mesh = device_mesh((2, self.world // 4, 2), names)
         tensor_parallel(model, mesh["tp"])
         for child in model.children():
             if sum(1 for _ in child.parameters()) > 1:
@@ -205,8 +206,8 @@ class Experts(Fsdp2Tp):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """As mixtures of experts are parallelised: parameters of one model on different meshes."""
-        mesh = init_device_mesh("cpu", (self.world // 2, 2), mesh_dim_names=("efsdp", "ep"))
-        everyone = init_device_mesh("cpu", (self.world,), mesh_dim_names=("dp",))
+        mesh = device_mesh((self.world // 2, 2), ("efsdp", "ep"))
+        everyone = device_mesh((self.world,), ("dp",))
         experts = model.get_submodule("block.mlp")
         for name, param in list(experts.named_parameters(recurse=False)):
             split = distribute_tensor(param.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
@@ -222,7 +223,7 @@ class Tp(Engine):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Split over all ranks."""
-        tensor_parallel(model, init_device_mesh("cpu", (self.world,), mesh_dim_names=("tp",)))
+        tensor_parallel(model, device_mesh((self.world,), ("tp",)))
         return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
 class Probe(nn.Module):
@@ -48,16 +48,20 @@ class Probe(nn.Module):
 
 
 def _inner(param: Tensor, grad: Tensor) -> Tensor:
-    """`<param, grad>`; where replicated, from rows spread over the ranks, so that the gradient is Partial."""
+    """This rank's share of `<param, grad>`; of a replicated one it is such that the gradient is Partial.
+
+    The share alone, for its gradient is that of the sum over ranks, and no collective is needed.
+    """
     grad = grad.to(param.dtype)
     if not isinstance(param, DTensor):
         return (param * grad).sum()
     mesh = param.device_mesh
     if all(placement.is_replicate() for placement in param.placements):
         rows = torch.stack([2 * grad, -grad])  # both exact, and so is their sum
-        spread = distribute_tensor(rows, mesh, [Shard(0)], src_data_rank=None)
-        return (param * spread).sum().full_tensor()
-    return (param * distribute_tensor(grad, mesh, param.placements, src_data_rank=None)).sum().full_tensor()
+        share = distribute_tensor(rows, mesh, [Shard(0)], src_data_rank=None).to_local()
+        return (param.to_local(grad_placements=[Partial()]) * share).sum()
+    share = distribute_tensor(grad, mesh, param.placements, src_data_rank=None).to_local()
+    return (param.to_local() * share).sum()
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:

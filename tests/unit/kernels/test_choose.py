@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from sharded_spd.kernels.base import Backend, Moments, Slice
 from sharded_spd.kernels.chunked import ChunkedKernels
 from sharded_spd.kernels.cpu import CpuKernels, cpu_kernels
 from sharded_spd.kernels.reference import ReferenceKernels
+from tests.support.warm import python
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,7 +179,7 @@ print("there" if load_library() is not None else "not there")
 
 def _run(home: Path, **environment: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(home), **environment}
-    command = [sys.executable, "-c", _PROGRAM]
+    command = [python("torch"), "-c", _PROGRAM]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.warm import python
+
 ROOT = Path(__file__).resolve().parents[3]
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,8 +24,9 @@ INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    command = python("torch") if arguments[0] == "-c" else sys.executable
     return subprocess.run(
-        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=240, cwd=ROOT
+        [command, *arguments], env=env, capture_output=True, text=True, timeout=240, cwd=ROOT
     )
 
 
