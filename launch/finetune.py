@@ -3,7 +3,7 @@
 
 deepspeed --num_gpus 2 launch/finetune.py my.yaml engine=@configs/engines/deepspeed.yaml
 
-Takes what `sharded-spd finetune` takes. The deepspeed launcher adds --local_rank, which the environment says.
+Takes the arguments of `sharded-spd finetune`, without the deepspeed launcher's --local_rank (see the environment).
 """
 
 import sys
