@@ -3,7 +3,7 @@
 
 deepspeed --num_gpus 2 launch/finetune.py my.yaml engine=@configs/engines/deepspeed.yaml
 
-Takes the arguments of `sharded-spd finetune`, without the deepspeed launcher's --local_rank (see the environment).
+The arguments are those of `sharded-spd finetune`; --local_rank is dropped, because the environment has it.
 """
 
 import sys
