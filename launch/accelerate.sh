@@ -3,8 +3,8 @@
 #
 #   launch/accelerate.sh 2 configs/recipes/quickstart.yaml engine=@configs/engines/deepspeed.yaml
 #
-# The first argument is the number of ranks; the rest goes to `sharded-spd finetune`. ACCELERATE_CONFIG names another
-# configuration than configs/accelerate/deepspeed.yaml.
+# The first argument is the number of ranks; the rest goes to `sharded-spd finetune`. ACCELERATE_CONFIG names a
+# configuration other than configs/accelerate/deepspeed.yaml.
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[0-9]+$ ]]; then

@@ -4,7 +4,7 @@
 #   launch/deepspeed.sh 2 configs/recipes/quickstart.yaml engine=@configs/engines/deepspeed.yaml
 #
 # The first argument is the number of ranks per machine; the rest goes to `sharded-spd finetune`. HOSTFILE names
-# DeepSpeed's list of machines, MASTER_PORT a port for a second job on one machine. DS_ACCELERATOR=cpu is set where
+# DeepSpeed's list of machines, MASTER_PORT a port for a second job on one machine. DS_ACCELERATOR=cpu is set if
 # nvidia-smi finds no GPU.
 set -euo pipefail
 

@@ -3,7 +3,7 @@
 
 deepspeed --num_gpus 2 launch/finetune.py my.yaml engine=@configs/engines/deepspeed.yaml
 
-Takes what `sharded-spd finetune` takes. The deepspeed launcher adds --local_rank, which the environment says.
+The arguments are those of `sharded-spd finetune`; --local_rank is dropped, because the environment has it.
 """
 
 import sys

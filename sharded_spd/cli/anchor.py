@@ -1,4 +1,4 @@
-"""`sharded-spd anchor`: make an anchor's files and manifest, check them, say what they are."""
+"""`sharded-spd anchor`: write an anchor's files and manifest, verify them, show what they are."""
 
 from __future__ import annotations
 
@@ -38,16 +38,18 @@ def build(
     source: Annotated[str, _PATH],
     target: Annotated[
         str | None,
-        typer.Argument(help=f"The new directory; without it only {MANIFEST} is written, beside the files."),
+        typer.Argument(help=f"The new directory; without it only {MANIFEST} is written, next to the files."),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Of floating point; auto keeps what is stored.")] = DType.auto,
+    dtype: Annotated[
+        DType, typer.Option(help="Of floating-point tensors; auto keeps the stored dtype.")
+    ] = DType.auto,
     max_shard_size: Annotated[str, typer.Option(help="Of one file: 5GB, 512MiB.")] = "5GB",
     manifest_only: Annotated[bool, typer.Option("--manifest-only", help="As without a target.")] = False,
     name: Annotated[
-        str | None, typer.Option(help="What the manifest calls it; by default the source.")
+        str | None, typer.Option(help="Name of the anchor in the manifest; by default the source.")
     ] = None,
 ) -> None:
-    """Write an anchor's files with a manifest, or a manifest beside files that are there."""
+    """Write an anchor's files with a manifest, or a manifest next to existing files."""
     if manifest_only or target is None:
         if target not in (None, source):
             raise ConfigError(f"--manifest-only writes beside {source}; got another target, {target}")
@@ -78,7 +80,7 @@ def verify(
     path: Annotated[str, _PATH],
     sampled: Annotated[bool, typer.Option("--sampled", help="Sizes and a few blocks of each only.")] = False,
 ) -> None:
-    """Compare the files with their manifest: 0 if they are what it says, 1 if not."""
+    """Compare the files with their manifest: exit code 0 if they match, 1 if not."""
     with showing("reading") as progress:
         found = work.verify(path, sampled=sampled, progress=progress)
     for sentence in found:
@@ -95,7 +97,7 @@ def info(
     names: Annotated[
         str | None,
         typer.Option(
-            help="A folder with a transformers model's config.json: which tensor each of its layers takes."
+            help="A folder with a transformers model's config.json: print the tensor of each of its layers."
         ),
     ] = None,
     rule: Annotated[
@@ -103,7 +105,7 @@ def info(
         typer.Option(help="With --names: PATTERN=NAME, as under names: in the settings; may be repeated."),
     ] = None,
 ) -> None:
-    """What an anchor is. Without a manifest its fingerprint takes reading all of it."""
+    """Show what an anchor is. Without a manifest its fingerprint requires reading all of it."""
     if names is not None:
         parts = [one.partition("=") for one in rule or ()]
         rules = {pattern: replacement for pattern, _, replacement in parts}

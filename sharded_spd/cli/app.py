@@ -1,4 +1,4 @@
-"""The commands and their errors: what the user got wrong is one sentence, not a traceback."""
+"""The commands and their errors: a user's error is one sentence, not a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharded_spd.finetune.world import RankLost, has_joined, started_as_rank
 
 USER_ERRORS = (ConfigError, AnchorError, BindingError, UnsupportedError)
 FAILURES = (CheckpointError, RankLost)
-"""What went wrong around the run; the command line was right."""
+"""Failures of the run itself; the command line was right."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(anchor_app, name="anchor")
@@ -40,17 +40,17 @@ def finetune(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings on top: train.lr=1e-4, ranks=4, spd=@configs/rules/l2sp.yaml"),
+        typer.Argument(help="Overrides: train.lr=1e-4, ranks=4, spd=@configs/rules/l2sp.yaml"),
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="Go on in a run's directory, or in the newest unfinished run of this job: auto."),
+        typer.Option(help="Resume a run's directory, or the newest unfinished run of this job: auto."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the job would do and take, and stop.")
+        bool, typer.Option("--dry-run", help="Show what the job would do and need, and stop.")
     ] = False,
 ) -> None:
-    """Fine-tune a Hugging Face checkpoint and test it in and out of distribution, method beside method."""
+    """Fine-tune a Hugging Face checkpoint, test it in and out of distribution, and compare methods."""
     overrides = list(settings or ())
     if config is not None and "=" in config and not Path(config).exists():
         overrides.insert(0, config)
@@ -63,7 +63,7 @@ def finetune(
     try:
         go_on = [] if resume is None else ["--resume", resume]
         code = _start(job, ["finetune", str(path), *overrides, *go_on], resume)
-    except KeyboardInterrupt:  # before anybody listens for it
+    except KeyboardInterrupt:  # before the handlers are installed
         print("Stopped before anything was saved.", file=sys.stderr)
         code = 128 + signal.SIGINT
     raise typer.Exit(code)
@@ -71,7 +71,7 @@ def finetune(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The output folder of a run, finished or broken off.")],
+    run: Annotated[Path, typer.Argument(help="The output folder of a run, finished or interrupted.")],
 ) -> None:
     """Write report.html of a run into its folder, from metrics.jsonl."""
     from sharded_spd.finetune.report.page import write_report
@@ -96,7 +96,7 @@ def quickstart_recipe() -> Path:
 
 
 def _describe(job: JobConfig) -> None:
-    """Print what the job would do; where a launcher has started several ranks, the first one does."""
+    """Print what the job would do; if a launcher has started several ranks, on rank 0 only."""
     from sharded_spd.finetune.run.dryrun import dry_run
     from sharded_spd.finetune.run.job import check_job, quiet_libraries
 
@@ -117,10 +117,10 @@ def _start(job: JobConfig, arguments: Sequence[str], resume: str | None) -> int:
 
 
 def _leave(code: int) -> None:
-    """End this process. One that was a rank skips the interpreter's own ending.
+    """End this process. One that was a rank skips the interpreter's shutdown.
 
-    There gloo's threads have been seen to abort a job that was done and saved. A tracker that does not answer
-    may keep it from ending, too.
+    During shutdown gloo's threads have aborted a job that was done and saved, and a tracker that does not
+    answer may block it.
     """
     from sharded_spd.finetune.report.tracking import left_behind
 

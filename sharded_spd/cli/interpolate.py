@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _PATH = "a safetensors file, an index, a directory, or a name in the hub's local cache"
 _ALPHA = (
-    "0: the first, 1: the second, below 0 or above 1: beyond them. 0.5, or 0.3,0.5, or FIRST:LAST:STEP: "
+    "0: the first, 1: the second, below 0 or above 1: extrapolated. 0.5, or 0.3,0.5, or FIRST:LAST:STEP: "
     "0:1:0.1 ends at 1, 0:1:0.3 at 0.9."
 )
 
@@ -40,7 +40,7 @@ def interpolate(
     start: Annotated[str, typer.Argument(help=f"The pre-trained checkpoint: {_PATH}.")],
     end: Annotated[str, typer.Argument(help="The fine-tuned one, whose head and other files are taken.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings on top of the job's, with --evaluate.")
+        list[str] | None, typer.Argument(help="Overrides of the job's settings, with --evaluate.")
     ] = None,
     alpha: Annotated[str, typer.Option(help=_ALPHA)] = "0.5",
     output: Annotated[Path, typer.Option("--output", "-o", help="Gets an alpha-... for each.")] = Path(
@@ -51,12 +51,10 @@ def interpolate(
     ] = None,
     evaluate: Annotated[
         Path | None,
-        typer.Option(
-            help="A job's YAML file: score each on its sets, in one process; goes on with what is there."
-        ),
+        typer.Option(help="A job's YAML file: score each on its sets, in one process; reuses what exists."),
     ] = None,
     scores_only: Annotated[
-        bool, typer.Option("--scores-only", help="With --evaluate: no checkpoint stays.")
+        bool, typer.Option("--scores-only", help="With --evaluate: keep no checkpoint.")
     ] = False,
 ) -> None:
     """Write (1 - alpha) * START + alpha * END of the weights (WiSE-FT), for each alpha."""
@@ -91,7 +89,7 @@ def _refuse(output: Path, alphas: Sequence[float]) -> None:
 
 @contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM an exception, so that no half of a checkpoint stays; a second one ends the process."""
+    """Turn SIGTERM into an exception, so that no partial checkpoint stays; a second one ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Which tensor of an anchor each layer of a model takes, before anything is trained."""
+"""The tensor of an anchor for each layer of a model, before any training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sharded_spd.errors import ConfigError
 
 
 def show_names(path: str, folder: str, rules: Mapping[str, str]) -> bool:
-    """Print them for the transformers model that `folder` describes; whether the anchor does not fit it.
+    """Print them for the transformers model that `folder` describes; return whether the anchor does not fit.
 
     Raises:
         ConfigError: transformers is missing, or has no such model.

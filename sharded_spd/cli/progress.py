@@ -1,4 +1,4 @@
-"""How much of a long reading or writing is done."""
+"""Progress of a long read or write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sharded_spd.anchors.tools.scan import Progress as Report
 
 @contextmanager
 def showing(what: str, *, total: int | None = None) -> Iterator[Report]:
-    """A line on the terminal of how many bytes are done; nothing where the output is no terminal."""
+    """A terminal line with the bytes done; nothing if the output is not a terminal."""
     columns = (TextColumn(what), DownloadColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:

@@ -1,1 +1,1 @@
-"""The fine-tuning job: a Hugging Face checkpoint, local data, an engine, and methods side by side."""
+"""The fine-tuning job: a Hugging Face checkpoint, local data, an engine, and the methods to compare."""

@@ -1,4 +1,4 @@
-"""The job's configuration: one YAML file, frozen dataclasses, `key=value` on the command line on top."""
+"""The job's configuration: one YAML file, frozen dataclasses, `key=value` overrides on the command line."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FROM_CHECKPOINT = "checkpoint"
 
 
 JSONL = "jsonl"
-"""metrics.jsonl, which is written in any case: the report is made of it."""
+"""metrics.jsonl, which is always written: the report is made from it."""
 
 TRACKERS = (JSONL, "tensorboard", "wandb", "mlflow")
-"""What `track` may name: libraries by their own name, which is also that of the extra."""
+"""The values of `track`: libraries by their own name, which is also that of the extra."""
 
 _ADDED_BY_LORA = r".*\.lora_.*"
 
@@ -35,14 +35,14 @@ _SHORT_FORMS = {"engine": "name", "data": "name", "anchor": "source"}
 
 
 _USUAL = {"data": "files"}
-"""Blocks that need no name, and the one that they then have."""
+"""Blocks whose name is optional, and its default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """What peft's `LoraConfig` is told; `target_modules` are the model's usual ones if empty.
+    """Options of peft's `LoraConfig`; `target_modules` are the model's usual ones if empty.
 
-    `modules_to_save` are trained in full, beside a frozen copy, and anchored as without LoRA.
+    `modules_to_save` are trained in full, next to a frozen copy, and anchored as without LoRA.
     """
 
     r: int = 16
@@ -80,10 +80,10 @@ class NamedBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingConfig:
-    """End a training when a metric has not become better by `min_delta` in `patience` evaluations.
+    """End a training when a metric has not improved by `min_delta` in `patience` evaluations.
 
-    `set`: of the validation set if there is one, else of the test set, or the name of an OOD set. The weights
-    that are saved are the last ones.
+    `set`: the validation set if there is one, else the test set, or the name of an OOD set. The last weights
+    are saved.
     """
 
     patience: int = 3
@@ -100,10 +100,10 @@ class StoppingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and how fast. `batch_size` counts all ranks and all `gradient_accumulation` parts of a step.
+    """Length and optimization. `batch_size` counts all ranks and all `gradient_accumulation` micro-batches.
 
-    `max_steps` ends the training earlier than `epochs`. `evaluate_every` steps, or else `evaluations` visits
-    to the test sets, evenly. `precision` is that of forward and backward; the weights stay float32 except
+    `max_steps` ends the training earlier than `epochs`. Evaluate every `evaluate_every` steps, or else
+    `evaluations` times, evenly. `precision` is that of forward and backward; the weights stay float32 except
     under DeepSpeed, which keeps float32 masters. `adamw_weight_decay` is that of plain AdamW.
     """
 
@@ -160,7 +160,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """Which strengths to try per method, with which seeds, and how the validation accuracy decides.
+    """Which lambdas to try per method, with which seeds, and how the validation accuracy decides.
 
     `seeds`: all of the job's if empty.
     """
@@ -172,10 +172,10 @@ class SelectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How a training in progress is kept, for `--resume`.
+    """How a training in progress is saved, for `--resume`.
 
-    `every`: steps between checkpoints (0: only when the job is stopped by a signal). `keep_last`: how many
-    stay. `asynchronous`: write them in the background.
+    `every`: steps between checkpoints (0: only when a signal stops the job). `keep_last`: how many are kept.
+    `asynchronous`: write them in the background.
     """
 
     every: int = 0
@@ -191,14 +191,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """Everything a fine-tuning job can be told.
+    """All settings of a fine-tuning job.
 
     `compare`: `adamw`, which is torch's own, and rules by name; the rule of `spd` alone if empty.
-    `checkpoint`: a directory, or a name of the hub. `load`: whether each rank reads its shards only; "auto"
-    where the engine can. `metrics`: methods are compared by the first one; the task's usual one if empty.
+    `checkpoint`: a directory, or a hub name. `load`: whether each rank reads its shards only; "auto": if the
+    engine can. `metrics`: methods are compared by the first one; the task's default if empty.
     `classes`: names for a new head (the checkpoint's own head if empty). `head_first`: train the head alone
-    before, so long and so fast (LP-FT); its anchor is what came out. `spd`: an `SPDConfig` mapping whose
-    anchor is the checkpoint unless it says otherwise. `track`: where figures go beside metrics.jsonl.
+    first, with these settings (LP-FT); the result is its anchor. `spd`: an `SPDConfig` mapping whose
+    anchor defaults to the checkpoint. `track`: where figures go in addition to metrics.jsonl.
     """
 
     data: NamedBlock
@@ -235,7 +235,7 @@ class JobConfig:
             if getattr(self, name) < 1:
                 raise wrong(name, "1 or more", getattr(self, name))
         if self.lora is not None and self.pretrain is not None:
-            raise ConfigError("lora: needs a checkpoint that is there; it cannot go with `pretrain`")
+            raise ConfigError("lora: needs an existing checkpoint; it cannot go with `pretrain`")
         if self.lora is not None and self.head_first is not None:
             raise ConfigError("head_first: is for full fine-tuning; it cannot go with `lora`")
         for name in self.track:
@@ -257,7 +257,7 @@ class JobConfig:
                 self.spd_config(method, strength)
 
     def spd_config(self, method: str, strength: float | None = None) -> SPDConfig:
-        """The `spd` block for the rule `method` and a strength; its rule options are its own rule's only."""
+        """The `spd` block for the rule `method` and a lambda; options go to the block's own rule only."""
         block = {"anchor": FROM_CHECKPOINT, **self.spd}
         if isinstance(block["anchor"], Mapping):
             block["anchor"] = {"source": FROM_CHECKPOINT, **block["anchor"]}
@@ -280,7 +280,7 @@ class JobConfig:
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Read the YAML file of a job and put `key=value` settings on top.
+    """Read the YAML file of a job and apply `key=value` overrides.
 
     A key may reach into blocks (`train.lr=1e-4`), a value is YAML; `@FILE` is the content of a YAML file.
 
@@ -318,7 +318,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _anchored_at_zero(spd: SPDConfig) -> SPDConfig:
-    """The settings with the added weights anchored at zero, unless a pattern of the user's matches first."""
+    """The settings with the added weights anchored at zero, unless a user's pattern matches first."""
     return replace(
         spd, layers=(*spd.layers, LayerConfig(pattern=_ADDED_BY_LORA, anchor=AnchorConfig(source="zero")))
     )

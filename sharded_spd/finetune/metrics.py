@@ -1,4 +1,4 @@
-"""Metrics: sums over examples that ranks can add, or a user's function of all predictions."""
+"""Metrics: per-example sums that ranks can add, or a user's function of all predictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model made of a batch of `n` examples: logits and labels of classes, or of each token.
+    """A model's output for a batch of `n` examples: logits and labels of classes, or of each token.
 
     `logits`: `[n, classes]` with `labels` `[n]`, or `[n, length, vocabulary]` with `[n, length]`, of which
     those that are `IGNORED` do not count.
@@ -66,7 +66,7 @@ class Metric(Protocol):
 
     @property
     def higher_is_better(self) -> bool:
-        """Which way is up."""
+        """Whether higher is better."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""The ranks of a job: who they are, what they sum, and how all of them stop at the same step."""
+"""The ranks of a job: identity, sums, and stopping all of them at the same step."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Interrupted(Exception):
 
 
 class RankLost(RuntimeError):
-    """Another rank is gone or does not answer, so that this one cannot go on."""
+    """Another rank is gone or does not answer, so this one cannot continue."""
 
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-"""What gloo says then; its errors have no class of their own."""
+"""gloo's messages in that case; its errors have no class of their own."""
 
 
 @contextmanager
 def name_lost_ranks() -> Iterator[None]:
-    """Say in one sentence what torch tells as a failure of the transport.
+    """Turn torch's transport failures into one sentence.
 
     Raises:
         RankLost: in place of such a failure inside the block.
@@ -50,8 +50,8 @@ def name_lost_ranks() -> Iterator[None]:
             raise
         rank = os.environ.get("RANK", "0")
         raise RankLost(
-            f"rank {rank} cannot go on: another rank has ended or does not answer; the last complete "
-            "checkpoint is where it was: the same command with --resume auto goes on from it"
+            f"rank {rank} cannot continue: another rank has ended or does not answer; the last complete "
+            "checkpoint is intact: the same command with --resume auto resumes from it"
         ) from error
 
 
@@ -151,7 +151,7 @@ def join_world(device: Device) -> Iterator[World]:
 
 
 class StopRequest:
-    """Makes SIGINT and SIGTERM a flag that the ranks compare at a step; a second signal ends the process."""
+    """Turns SIGINT and SIGTERM into a flag that the ranks compare at a step; a second signal exits."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -163,7 +163,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle both signals inside the block; the handlers of before are put back after it."""
+        """Handle both signals inside the block; restore the previous handlers after it."""
         before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -178,7 +178,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a process that was ended by the signal returns: 130 for SIGINT, 143 for SIGTERM."""
+        """The exit code of a process ended by the signal: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + (self.signal or signal.SIGINT)
 
     def check(self, world: World) -> None:

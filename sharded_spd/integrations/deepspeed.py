@@ -1,4 +1,4 @@
-"""DeepSpeed beside the engine: its start on a CPU, and checkpoints that know their anchor."""
+"""DeepSpeed helpers: start on a CPU, and checkpoints with their anchor's fingerprint."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["disable_shm_op", "import_deepspeed", "load_checkpoint", "save_checkp
 def disable_shm_op() -> None:
     """Switch DeepSpeed's shared-memory all-reduce off; call it before `deepspeed.initialize`.
 
-    DeepSpeed builds that kernel on any machine without a GPU, which needs a compiler, and leaves 66 MiB per
-    rank and run behind in /dev/shm. Without it gloo does the same sums.
+    Without a GPU DeepSpeed compiles that kernel, which needs a compiler, and leaves 66 MiB per
+    rank and run in /dev/shm. Without it gloo computes the same sums.
 
     Raises:
-        ConfigError: where DeepSpeed is not installed.
+        ConfigError: DeepSpeed is not installed.
     """
     import_deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -26,7 +26,7 @@ def import_deepspeed() -> Any:
     """The module `deepspeed`.
 
     Raises:
-        ConfigError: where it is not installed.
+        ConfigError: it is not installed.
     """
     try:
         import deepspeed

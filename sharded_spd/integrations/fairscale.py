@@ -1,4 +1,4 @@
-"""fairscale as far as the package's own commands need it."""
+"""The parts of fairscale that the package's own commands need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def import_fairscale() -> Any:
     """The module `fairscale`, with its optimizers and wrappers.
 
     Raises:
-        ConfigError: where it is not installed.
+        ConfigError: it is not installed.
     """
     try:
         import fairscale

@@ -97,7 +97,7 @@ def test_goes_on_bit_for_bit(
     if code == 143:
         assert f"--resume {home / name} goes on" in " ".join(said.split())
     if code == 137:
-        assert "cannot go on: another rank has ended" in said
+        assert "cannot continue: another rank has ended" in said
         assert "rank 1 was ended by SIGKILL" in said
     again = run(tiny_job, home, name, "--resume", "auto")
     assert again.returncode == 0, again.stderr

@@ -1,1 +1,1 @@
-"""What a job trains and is scored on."""
+"""The data that a job trains on and is scored on."""

@@ -21,10 +21,10 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing
 
 @dataclass(frozen=True, kw_only=True)
 class DocstringOptions:
-    """How the functions of `packages` are dealt out, each to one set, by `split_seed`; the rest is left over.
+    """How `split_seed` assigns the functions of `packages`, each to one set; the rest is unused.
 
     `min_words`: shorter docstrings say too little. `typing_errors`: the share of words with one, by
-    `typing_seed`. `pool`: among how many names a docstring has to find its own; 0 leaves that out.
+    `typing_seed`. `pool`: the number of names among which a docstring has to find its own; 0: off.
     """
 
     packages: tuple[str, ...] = PACKAGES
@@ -66,7 +66,7 @@ class Dealt:
 
 
 def deal(options: DocstringOptions) -> Dealt:
-    """Read the functions and deal them out; the same on every machine with the same Python.
+    """Read the functions and split them; the same on every machine with the same Python.
 
     Raises:
         ConfigError: there are fewer than wanted.

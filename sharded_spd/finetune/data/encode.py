@@ -1,4 +1,4 @@
-"""A row of text as token ids, and which of them are to be learned."""
+"""A row of text as token ids, and which of them are targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training loop asks of data: examples by index or in a stream, and how much each one counts."""
+"""The training loop's interface to data: examples by index or in a stream, and the weight of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing_extensions import TypeIs
 from sharded_spd.finetune.world import World
 
 Batch = Mapping[str, torch.Tensor]
-"""What a task's model is given: tensors by name, one row per example."""
+"""The input of a task's model: tensors by name, one row per example."""
 
 E = TypeVar("E")
 
@@ -26,7 +26,7 @@ class ExampleSet(Protocol):
         ...
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of examples."""
         ...
 
     def units(self, indices: torch.Tensor) -> float:
@@ -39,10 +39,10 @@ class ExampleSet(Protocol):
 
 
 class ExampleStream(Protocol[E]):
-    """Examples that come one after the other, again from the start when they end."""
+    """A stream of examples, restarted when it ends."""
 
     def examples(self, seed: int) -> Iterator[E]:
-        """Without end, the same on every rank; `seed` says in which order."""
+        """Endless, the same on every rank; `seed` sets the order."""
         ...
 
     def units_of(self, examples: Sequence[E]) -> float:
@@ -58,15 +58,15 @@ TrainSet = ExampleSet | ExampleStream[Any]
 
 
 def is_stream(data: TrainSet) -> TypeIs[ExampleStream[Any]]:
-    """Whether nobody knows how many examples there are."""
+    """Whether the number of examples is unknown."""
     return not hasattr(data, "take")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The sets of a job. No example stands in two of them.
+    """The sets of a job. No example is in two of them.
 
-    `retained`: tasks that the checkpoint can do before any training, scored by accuracy beside ID and OOD.
+    `retained`: tasks that the checkpoint can do before any training, scored by accuracy next to ID and OOD.
     """
 
     train: TrainSet
@@ -157,8 +157,8 @@ def share_of_batch(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's places in a batch of `count`, in `parts`, and the weight of each in the mean over all.
 
-    Every rank has equally many places in every part. Engines average over ranks, so a weight is ranks /
-    `units` (`count` if None); what fills up a short part weighs nothing.
+    Every rank has the same number of places in every part. Engines average over ranks, so a weight is ranks /
+    `units` (`count` if None); padding of a short part has weight 0.
     """
     length = -(-count // world.size)
     size = -(-length // parts)

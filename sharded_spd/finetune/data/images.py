@@ -28,7 +28,7 @@ class ImageSet(ExampleSet, Protocol):
 
 
 class Images(ABC):
-    """What all sets of images have in common: a batch is `pixels` and `labels`, and every image counts 1."""
+    """The base of image sets: a batch is `pixels` and `labels`, and every image counts 1."""
 
     lazy: bool = False
     labels: torch.Tensor

@@ -31,7 +31,7 @@ def json_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parse(text: str) -> Any:
-    """JSON, without keys that stand twice and without half characters.
+    """JSON, without duplicate keys and without lone surrogates.
 
     Raises:
         ValueError, RecursionError: it is something else.

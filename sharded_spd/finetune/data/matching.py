@@ -1,4 +1,4 @@
-"""What an encoder could do before it had a head: find the partner of a text among others by its direction."""
+"""An encoder's original task, without a head: find the partner of a text among others by cosine."""
 
 from __future__ import annotations
 

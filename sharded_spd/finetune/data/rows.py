@@ -1,7 +1,7 @@
-"""Rows of the user's files, and where in which file each of them stands.
+"""Rows of the user's files, and the place of each in its file.
 
 Parquet, CSV and plain text are read by the `datasets` library. JSON is not: where a type changes within a
-file it turns all texts of that part into JSON again, quotation marks included.
+file it turns all texts of that part back into JSON, quotation marks included.
 """
 
 from __future__ import annotations

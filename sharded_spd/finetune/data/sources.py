@@ -38,7 +38,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsOptions:
-    """How one permutation by `split_seed` deals out the 1797 digits, in this order; the rest is the test.
+    """How one permutation by `split_seed` splits the 1797 digits, in this order; the rest is the test.
 
     `classes`: of the pool, the validation and the test only these; the test digits of the others are then the
     one OOD set, `other classes`. Empty: all of them, and seven corruptions of the test digits as OOD sets.

@@ -51,9 +51,9 @@ class TextFiles:
 class LanguageFiles(TextFiles):
     """For a language model: texts, prompts with completions, or conversations.
 
-    `packing`: several documents per example, none of which sees another. `completion_only`: only completions
-    and the assistant's turns are learned. `streaming`: read `train` while training, shuffled within
-    `shuffle_buffer` documents. `text_by`: what one document of a plain text file is.
+    `packing`: several documents per example, without attention between them. `completion_only`: only
+    completions and the assistant's turns are targets. `streaming`: read `train` while training, shuffled
+    within `shuffle_buffer` documents. `text_by`: what one document of a plain text file is.
     """
 
     packing: bool = True

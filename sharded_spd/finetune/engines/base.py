@@ -1,4 +1,4 @@
-"""What the job asks of an engine: one model under it, wrapped, trained and gathered."""
+"""The job's interface to an engine: one model under it, wrapped, trained and gathered."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Engine(ABC):
 
     @classmethod
     def check(cls, options: Any, train: TrainConfig) -> None:
-        """Find what does not go together before anything is started."""
+        """Find incompatible settings before anything is started."""
         return
 
     @classmethod
@@ -84,7 +84,7 @@ class Engine(ABC):
 
     @classmethod
     def may_freeze(cls, options: Any) -> bool:
-        """Whether layers that are not trained may stand beside others that are."""
+        """Whether frozen and trained layers may be mixed."""
         return True
 
     def part(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -107,20 +107,20 @@ class Engine(ABC):
         """The model as this engine trains it, collective."""
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Take over the optimizer, collective; what comes back is what a rule attaches to.
+        """Take over the optimizer, collective; return the object that a rule attaches to.
 
-        An optimizer that comes back is what is stepped from then on.
+        If that is an optimizer, it is the one stepped from then on.
         """
         return optimizer
 
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
-        """Form the gradients of `loss`; after the `last` part of a step they are averaged over the ranks."""
+        """Compute the gradients of `loss`; after the `last` part of a step average them over the ranks."""
         loss.backward()
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None) -> Any:
-        """Clip, step and clear the gradients; their norm before clipping, a number or a 0-d tensor.
+        """Clip, step and clear the gradients; return their norm before clipping, a number or a 0-d tensor.
 
-        Collective where a rank has a part of the gradients only.
+        Collective if a rank has only a part of the gradients.
         """
         norm = self.clip(math.inf if max_grad_norm is None else max_grad_norm)
         optimizer.step()

@@ -43,10 +43,10 @@ def wrap_blocks(
 
 
 def need_ranks(name: str) -> None:
-    """Refuse an engine that shards where there is only one process without a launcher.
+    """Refuse an engine that shards if there is only one process without a launcher.
 
     Raises:
-        ConfigError: where torch.distributed is not set up.
+        ConfigError: torch.distributed is not set up.
     """
     if not torch.distributed.is_initialized():
         raise ConfigError(

@@ -38,7 +38,7 @@ class FairscaleFSDPOptions:
 
 
 class _Flat(Engine):
-    """What both have in common: every rank holds a part of each flat tensor, and the wrapper clips."""
+    """The base of both: every rank holds a part of each flat tensor, and the wrapper clips."""
 
     def clip(self, most: float) -> Any:
         """The wrapper's own, over all ranks; to infinity it changes nothing. Collective."""
@@ -89,7 +89,7 @@ class FSDP1(_Flat):
         return wrap_blocks(model, given.blocks, shard)
 
     def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
-        """Summed over all ranks where each holds another part."""
+        """Summed over all ranks if each holds another part."""
         return values if self.options_given.sharding_strategy == "no_shard" else self.world.sum_(values)
 
 

@@ -1,4 +1,4 @@
-"""The job under optimizers that share whole parameters out: ZeroRedundancyOptimizer and OSS."""
+"""The job under optimizers that assign whole parameters to ranks: ZeroRedundancyOptimizer and OSS."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _Shares(Engine):
     def share_out(
         self, groups: list[dict[str, Any]], kind: type[torch.optim.Optimizer], **defaults: Any
     ) -> torch.optim.Optimizer:
-        """The optimizer that shares the groups' parameters out, with a `kind` of each rank's own inside."""
+        """The optimizer that divides the groups' parameters among ranks, each with its own inner `kind`."""
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """Put the same optimizer on every rank's share of the parameters."""

@@ -43,7 +43,7 @@ class DeepSpeedOptions:
         """The whole JSON.
 
         Raises:
-            ConfigError: where the file cannot be read, is no JSON object, or settles what the job settles.
+            ConfigError: the file cannot be read, is not a JSON object, or sets what the job sets.
         """
         found: Any = {}
         if self.config:
@@ -66,7 +66,7 @@ class DeepSpeedOptions:
 
 
 class DeepSpeed(Engine):
-    """ZeRO, as the JSON says; before stage 3 each rank has the whole model until DeepSpeed has taken over."""
+    """ZeRO, as the JSON says; below stage 3 each rank has the whole model until DeepSpeed takes over."""
 
     options = DeepSpeedOptions
     in_background = False
@@ -115,14 +115,14 @@ class DeepSpeed(Engine):
         """Have DeepSpeed take over model and optimizer.
 
         Raises:
-            ConfigError: where the JSON clips otherwise than the job, or DeepSpeed refuses the JSON.
+            ConfigError: the JSON's clipping differs from the job's, or DeepSpeed refuses the JSON.
         """
         deepspeed = import_deepspeed()
         whole = self._whole_json()
         try:
             self._engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=whole)
         except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
-            raise ConfigError(f"engine.config: DeepSpeed does not take it: {error}") from error
+            raise ConfigError(f"engine.config: DeepSpeed refuses it: {error}") from error
         self.model = self._engine
         self.module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
         return self._engine
@@ -138,7 +138,7 @@ class DeepSpeed(Engine):
             disable_shm_op()
 
     def _whole_json(self) -> dict[str, Any]:
-        """The user's JSON with what the job settles."""
+        """The user's JSON with the job's own settings."""
         config = self.train
         clip = config.max_grad_norm or 0.0
         whole = {key: value for key, value in self.json.items() if not key.startswith("train_")}
@@ -187,7 +187,7 @@ class DeepSpeed(Engine):
             yield name, part.ds_tensor.detach()[: max(0, min(length, part.ds_numel - start))]
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
-        """Summed over all ranks where each holds another part."""
+        """Summed over all ranks if each holds another part."""
         return self.world.sum_(values) if self._sharded else values
 
 

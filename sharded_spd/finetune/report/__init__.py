@@ -1,1 +1,1 @@
-"""What a job leaves behind."""
+"""The files that a job writes about itself."""

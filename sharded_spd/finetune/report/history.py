@@ -1,4 +1,4 @@
-"""A run as its directory tells it: metrics.jsonl and config.json of a finished or broken-off run."""
+"""A run read from its directory: metrics.jsonl and config.json of a finished or interrupted run."""
 
 from __future__ import annotations
 

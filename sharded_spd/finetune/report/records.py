@@ -1,4 +1,4 @@
-"""What a job writes down: the directory of a run, its lines of metrics, and the results of its trainings."""
+"""A job's records: the directory of a run, its lines of metrics, and the results of its trainings."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Recorder:
             self._tracking.record(event, fields)
 
     def forget(self, tags: Mapping[str, Any], *, after: int) -> None:
-        """Take out what a resumed run had written of a training after this step, since it takes it again."""
+        """Remove what a resumed run had written of a training after this step, since it is repeated."""
         if self._again:
             self._rewrite(
                 lambda entry: (
@@ -149,7 +149,7 @@ class Recorder:
             )
 
     def _rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Keep only such lines, without one that was broken off; written beside and renamed."""
+        """Keep only such lines, without a truncated one; written to a temporary file and renamed."""
         if self._file is None or self._path is None:
             return
         try:
@@ -165,7 +165,7 @@ class Recorder:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """Without a place for its lines a training still goes on."""
+        """A training continues even if its lines cannot be written."""
         file, self._file = self._file, None
         with suppress(OSError):
             if file is not None:

@@ -29,9 +29,9 @@ _STEP = ("loss", "lr", "grad_norm", "activation_rate", "deviation", "samples_per
 
 
 class Tracking:
-    """Hands events on to the trackers, each on a thread of its own: none holds up the training or another.
+    """Passes events to the trackers, each on its own thread: none blocks the training or another tracker.
 
-    One that fails, or does not answer, is warned about once and left out from then on.
+    One that fails, or does not answer, gives one warning and is skipped from then on.
     """
 
     def __init__(self, names: Sequence[str], directory: Path, config: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Tracking:
 
 
 def left_behind() -> bool:
-    """Whether a tracker that does not answer still has its thread, which may hold up the process's end."""
+    """Whether the thread of an unresponsive tracker is still alive, which may block the process's exit."""
     return any(isinstance(thread, _Line) and thread.is_alive() for thread in threading.enumerate())
 
 

@@ -1,4 +1,4 @@
-"""What a job would do and take, without doing it: the model is only described, the data are read."""
+"""What a job would do and need, without doing it: the model is only described, the data are read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dry_run(config: JobConfig, *, ranks: int) -> None:
         ConfigError: what the job itself would find wrong before its first step.
     """
     if config.pretrain is not None:
-        raise ConfigError("--dry-run: describes a checkpoint that is there; this job makes its own first")
+        raise ConfigError("--dry-run: describes an existing checkpoint; this job makes its own first")
     directory = check_checkpoint(config.checkpoint or "", config.revision)
     task = make_task(config, torch.device("meta"))
     model_config = task.model_config(directory)

@@ -1,4 +1,4 @@
-"""Linear probing before fine-tuning (LP-FT, Kumar et al. 2022): the head is trained alone at first."""
+"""Linear probing before fine-tuning (LP-FT, Kumar et al. 2022): the head is trained alone first."""
 
 from __future__ import annotations
 

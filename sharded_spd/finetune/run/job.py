@@ -85,9 +85,9 @@ def check_job(config: JobConfig) -> None:
 
 
 def run_job(config: JobConfig, resume: str | None = None) -> int:
-    """Run the job on this rank and return its exit code: 0, or 130 / 143 where it was stopped by a signal.
+    """Run the job on this rank and return its exit code: 0, or 130 / 143 if it was stopped by a signal.
 
-    `resume`: the directory of a run to go on in, or "auto": see `find_run`.
+    `resume`: the directory of a run to resume, or "auto": see `find_run`.
     """
     check_job(config)
     quiet_libraries()
@@ -104,7 +104,7 @@ def quiet_libraries() -> None:
 
 
 class _Job:
-    """One job on one rank: what it was told, where it writes, and what it has found so far."""
+    """One job on one rank: its settings, its output folder, and its results so far."""
 
     def __init__(self, config: JobConfig, world: World, stop: StopRequest, resume: str | None) -> None:
         self.config, self.world, self.stop = config, world, stop
@@ -193,7 +193,7 @@ class _Job:
 
     @contextmanager
     def _noted_warnings(self) -> Iterator[None]:
-        """Warnings are shown as ever, and stand in the record of the run too."""
+        """Warnings are shown as usual, and recorded in the run too."""
         shown = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
@@ -310,7 +310,7 @@ class _Job:
             self._report()
 
     def _report(self) -> None:
-        """The report; a run whose report cannot be written is done all the same."""
+        """The report; a run whose report cannot be written still counts as done."""
         try:
             self.display.say(f"Report: {write_report(self.directory)}")
         except Exception as error:  # nothing in it may cost a run its result

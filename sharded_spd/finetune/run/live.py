@@ -1,4 +1,4 @@
-"""A model in training, and how far it has moved from its start."""
+"""A model in training, and its distance from its start."""
 
 from __future__ import annotations
 

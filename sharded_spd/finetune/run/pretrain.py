@@ -1,4 +1,4 @@
-"""The checkpoint that a recipe makes for itself: trained once, then found again by its recipe."""
+"""A recipe's own pre-trained checkpoint: trained once, then cached under a hash of its recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job keeps to go on later: the trainings that are done, checkpoints of the one that is not."""
+"""What a job saves to resume later: finished trainings, and checkpoints of the unfinished one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AUTO = "auto"
 FREE = frozenset(
     {"engine", "ranks", "device", "output_dir", "eval_batch_size", "save", "checkpointing", "track"}
 )
-"""Settings that may differ from the run that is gone on with: none of them changes a model or its scores."""
+"""Settings that may differ from the resumed run: none of them changes a model or its scores."""
 
 _PROGRESS = "progress.json"
 
@@ -81,7 +81,7 @@ class Progress:
 
 
 def find_run(config: JobConfig, resume: str) -> Path | None:
-    """The run directory to go on in; None where "auto" finds none.
+    """The run directory to resume; None if "auto" finds none.
 
     Raises:
         ConfigError: a directory that is no run, or a run of another job; it names the settings that differ.

@@ -1,1 +1,1 @@
-"""What a job learns: its model and its scores."""
+"""A job's tasks: models and scores."""

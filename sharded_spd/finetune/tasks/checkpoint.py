@@ -176,7 +176,7 @@ def save_checkpoint(
     *,
     add_files: Callable[[Path], object],
 ) -> None:
-    """Write a Hugging Face checkpoint that `from_pretrained` loads, beside `directory`, then rename it.
+    """Write a Hugging Face checkpoint that `from_pretrained` loads, to a temporary folder, then rename it.
 
     One tensor is gathered at a time, unless the architecture is stored with tensors that its model has merged
     or cut: then the first rank gathers all. `add_files` puts the preprocessing beside them. Collective.

@@ -1,4 +1,4 @@
-"""What all tasks on Hugging Face models have in common: load, add LoRA, save."""
+"""The base of all tasks on Hugging Face models: load, add LoRA, save."""
 
 from __future__ import annotations
 

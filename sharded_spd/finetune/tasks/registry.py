@@ -1,4 +1,4 @@
-"""What a task brings to the job, and the tasks by name."""
+"""The interface of a task to the job, and the tasks by name."""
 
 from __future__ import annotations
 
