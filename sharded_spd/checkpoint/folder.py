@@ -96,7 +96,7 @@ def check_complete(folder: Path) -> dict[str, Any]:
         CheckpointError: the folder was not finished, or a file of it is missing or of another size.
     """
     if not (folder / MARKER).is_file():
-        raise CheckpointError(f"{folder}: is not a complete checkpoint: it has no {MARKER}")
+        raise CheckpointError(f"{folder}: is no complete checkpoint: it has no {MARKER}")
     marker = read_json(folder / MARKER)
     files, step = marker.get("files"), marker.get("step")
     if marker.get("format") != FORMAT or not isinstance(files, dict):
