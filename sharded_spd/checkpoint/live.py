@@ -215,8 +215,8 @@ def check_groups(own: Sequence[Any], saved: Any, where: object) -> None:
         match = [i for i, other in enumerate(theirs) if other & all_ours == known]
         if known and not match:
             raise CheckpointError(
-                f"{where}: param group {g} ({', '.join(sorted(params)[:3])}, ...) was grouped differently "
-                "when it was saved; wanted the same param groups"
+                f"{where}: param group {g} ({', '.join(sorted(params)[:3])}, ...) was cut otherwise when "
+                "it was saved; wanted the same param groups"
             )
         for key, value in group.items() if known else ():
             if key != "params" and not _alike(value, saved[match[0]].get(key, value)):
