@@ -1,8 +1,8 @@
-"""Where an adapter does nothing: which of its parameters are neutral at zero, and which only at their start.
+"""Which parameters of an adapter are neutral at zero, and which only at their start.
 
-Zero is the pre-trained function where a parameter is a factor of a product, or a summand, beside weights that
-are the pre-trained ones: LoRA's A and B. It is not for gains (IA3, DoRA's magnitude), nor where the base
-weight was changed to make up for the adapter's first values (PiSSA).
+At zero a parameter keeps the pre-trained function if it is a factor of a product, or a summand, beside the
+pre-trained weights: LoRA's A and B. Gains (IA3, DoRA's magnitude) do not, nor do adapters that change the
+base weight to compensate for their initial values (PiSSA).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _AT_START = re.compile(
     r"ln_tuning_layers|trainable_tokens_delta|token_adapter|prompt_encoder|prompt_embeddings|adaption_(?:gate|prompt)|"
     r"lora_\w+"
 )
-"""`lora_` of another kind is of an unknown one, and so at its start."""
+"""Any other `lora_` is of an unknown kind, and so neutral only at its start."""
 _PLAIN_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "lycoris"})
 """The others (pissa, olora, corda, loftq, lora_ga, ...) change the base weight, or are not known."""
 
 
 def neutral_at(fqn: str, facts: ModelFacts) -> Neutral | None:
-    """Where the parameter `fqn` of an adapter leaves the pre-trained function alone; None: it is of none."""
+    """Where adapter parameter `fqn` keeps the pre-trained function; None: it belongs to no adapter."""
     parts = fqn.split(".")
     for i, part in enumerate(parts):
         if _LORA.fullmatch(part) or _AT_ZERO.fullmatch(part):
@@ -44,7 +44,7 @@ def neutral_at(fqn: str, facts: ModelFacts) -> Neutral | None:
 
 
 def unsettled(nonzero: Mapping[str, bool], facts: ModelFacts) -> list[str]:
-    """Factors at zero whose products do not begin at zero, where nothing tells how they were initialised.
+    """Factors anchored at zero with products that do not start at zero, if their initialisation is unknown.
 
     `nonzero`: whether a layer that is anchored at zero has another value now.
     """

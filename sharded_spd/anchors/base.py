@@ -1,4 +1,4 @@
-"""The seam between the projector and where pre-trained values come from."""
+"""The interface between the projector and the sources of pre-trained values."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sharded_spd.sharding.layout import ModelFacts, ShardSlice
 
 
 class Values(Protocol):
-    """The values of one slice, 1-D, read in chunks: a tensor, or what makes tensors of its chunks.
+    """The values of one slice, 1-D, read in chunks: a tensor, or an object that returns chunks as tensors.
 
-    A chunk may be a view of memory that cannot be written to.
+    A chunk may be a view of read-only memory.
     """
 
     @property
@@ -28,7 +28,7 @@ class Values(Protocol):
         ...
 
     def numel(self) -> int:
-        """How many there are."""
+        """The number of values."""
         ...
 
     def __getitem__(self, cut: slice, /) -> torch.Tensor:
@@ -38,18 +38,18 @@ class Values(Protocol):
 
 @runtime_checkable
 class DiskValues(Values, Protocol):
-    """Values that stay in their file, which may change or go while they are in use."""
+    """Values that stay in their file, which may change or disappear while in use."""
 
     def changed(self) -> str | None:
-        """What has become of the file since it was opened, if anything: it must not be read then."""
+        """How the file has changed since it was opened, if at all: it must not be read then."""
         ...
 
     def check(self) -> None:
-        """Raises AnchorError where it has changed."""
+        """Raise AnchorError if the file has changed."""
         ...
 
     def whole(self) -> torch.Tensor | None:
-        """All values as one tensor, without a copy; None where they do not lie together."""
+        """All values as one tensor, without a copy; None if they are not contiguous."""
         ...
 
 
@@ -69,7 +69,7 @@ class AnchorStore(Protocol):
     def fetch(self, piece: ShardSlice) -> Values | None:
         """The values of `piece`, 1-D `[piece.numel]`, in the stored dtype; None: anchored at zero.
 
-        A tensor that is nobody else's, or values that read chunks on demand.
+        The result is a tensor of the caller's own, or values that read chunks on demand.
         """
         ...
 
@@ -81,7 +81,7 @@ def is_on_disk(store: AnchorStore | str) -> bool:
 
 @runtime_checkable
 class NamedStore(AnchorStore, Protocol):
-    """A store that finds the model's layers by their names, which may be others there."""
+    """A store that finds the model's layers by name; the names in the store may differ."""
 
     @property
     def names(self) -> Mapping[str, str | None]:
@@ -89,7 +89,7 @@ class NamedStore(AnchorStore, Protocol):
         ...
 
     def know(self, facts: ModelFacts, fqns: Iterable[str]) -> None:
-        """Take note of what the model says of its layers, and of the names of all of them."""
+        """Store the model's facts about its layers, and all their names."""
         ...
 
     def strays(self, model_fqns: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -97,7 +97,7 @@ class NamedStore(AnchorStore, Protocol):
         ...
 
     def fetch(self, piece: ShardSlice, weight: torch.Tensor | None = None) -> Values | None:
-        """As any store's; `weight` `[piece.numel]` has the rows of a resized table that the store lacks."""
+        """As any store's; `weight` `[piece.numel]` supplies rows of a resized table that the store lacks."""
         ...
 
     def refuse_zero(self, piece: ShardSlice, weight: torch.Tensor) -> str | None:
@@ -107,10 +107,10 @@ class NamedStore(AnchorStore, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """What a change of dtype did to this rank's slice of a layer.
+    """The effect of a change of dtype on this rank's slice of a layer.
 
-    `fingerprint` is the slice's part of the layer's fingerprint before it; `worst` the largest relative
-    change of a value, 0 where none changed.
+    `fingerprint` is the slice's share of the layer's fingerprint before it; `worst` is the largest relative
+    change of a value, 0 if none changed.
     """
 
     fingerprint: tuple[int, ...]
@@ -119,16 +119,16 @@ class Cast:
 
 @runtime_checkable
 class VouchedStore(AnchorStore, Protocol):
-    """A store of pre-trained values that may know what they ought to be."""
+    """A store of pre-trained values that may know their expected fingerprints."""
 
     def expected(self, layer: str) -> tuple[int, ...] | None:
-        """The fingerprint that the layer's stored values ought to have; None where nothing says it."""
+        """The expected fingerprint of the layer's stored values; None if unknown."""
         ...
 
     def expected_overall(self) -> str | None:
-        """The fingerprint that all that is stored ought to have together; None where nothing says it."""
+        """The expected fingerprint of all stored values together; None if unknown."""
         ...
 
     def cast(self, layer: str) -> Cast | None:
-        """What the last `fetch` of the layer did to its values; None where its dtype is the stored one."""
+        """How the last `fetch` of the layer changed its values; None if its dtype is the stored one."""
         ...

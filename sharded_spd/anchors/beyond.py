@@ -18,9 +18,9 @@ _DEPTHS = frozenset(
 
 
 def beyond(strays: Sequence[str], claimed: Iterable[str], folder: Path) -> list[str]:
-    """Those of `strays` that lie behind the last layer, by what config.json in the checkpoint's folder says.
+    """Those of `strays` beyond the last layer, according to config.json in the checkpoint's folder.
 
-    It has to say just as many layers as the model has (`claimed` are the tensors that are the model's).
+    It must give exactly the model's number of layers (`claimed` are the model's tensors).
     """
     ends: dict[str, int] = {}
     for match in map(_LAYER.fullmatch, claimed):
@@ -36,7 +36,7 @@ def beyond(strays: Sequence[str], claimed: Iterable[str], folder: Path) -> list[
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """What config.json in a folder says; nothing where there is none."""
+    """The contents of config.json in a folder; empty if there is none."""
     path = folder / "config.json"
     try:
         return load_json(path.read_bytes(), str(path))

@@ -1,4 +1,4 @@
-"""A few blocks of a tensor's stored bytes: enough to notice another file without reading all of it."""
+"""Samples a few blocks of a tensor's stored bytes: enough to notice another file without a full read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BETWEEN = 2
 
 
 def block_spans(name: str, num_bytes: int) -> list[tuple[int, int]]:
-    """Begin and end of the sampled blocks of a tensor: the first, the last, and two that its name settles."""
+    """Begin and end of the sampled blocks of a tensor: the first, the last, and two chosen by its name."""
     if num_bytes <= BLOCK_BYTES:
         return [(0, num_bytes)] if num_bytes else []
     last = num_bytes - BLOCK_BYTES

@@ -1,4 +1,4 @@
-"""Changing the dtype of values, and what that does to them."""
+"""Changes of dtype, and their effect on values."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def may_lose(stored: torch.dtype, dtype: torch.dtype | None) -> bool:
 
 @torch.no_grad()
 def worst_change(before: Values, after: Values) -> float:
-    """The largest |after - before| / |before| of flat values; 0 where none changed, inf out of range."""
+    """The largest |after - before| / |before| of flat values; 0 if none changed, inf out of range."""
     worst = torch.zeros((), dtype=torch.float64, device=before.device)
     for begin in range(0, before.numel(), _CHUNK):
         old = before[begin : begin + _CHUNK].double()
         new = after[begin : begin + _CHUNK].to(old.device).double()
         moved = (new - old).abs() / old.abs()
-        # Not a number: 0 from 0, or infinite before and after.
+        # NaN: 0 before and after, or infinite before and after.
         worst = torch.maximum(worst, torch.where(moved.isnan(), 0.0, moved).max())
     return float(worst)
 
@@ -39,7 +39,7 @@ def worst_change(before: Values, after: Values) -> float:
 def cast_of(
     anchor: AnchorStore | Literal["snapshot"], layer: str, weight: Tensor, values: Values | None
 ) -> Cast | None:
-    """What a change of dtype did to values that were fetched just now; of a snapshot no fingerprint."""
+    """The effect of a change of dtype on values just fetched; without a fingerprint for snapshots."""
     if values is None:
         return None
     if isinstance(anchor, VouchedStore):
@@ -50,7 +50,7 @@ def cast_of(
 
 
 def is_away(anchor: AnchorStore | Literal["snapshot"], weight: Tensor, values: Values | None) -> bool:
-    """Whether a checkpoint has other values than the weights that the run begins with."""
+    """Whether a checkpoint's values differ from the weights that the run starts with."""
     if values is None or not isinstance(anchor, VouchedStore):
         return False
     return not same_values(weight, values)
@@ -69,7 +69,7 @@ def same_values(weight: Tensor, values: Values) -> bool:
 
 @torch.no_grad()
 def read_cast(tensor: StoredTensor, piece: ShardSlice, dtype: torch.dtype) -> tuple[Tensor, Cast]:
-    """The values of `piece` in `dtype`, and what that changed; takes some MiB beyond the result.
+    """The values of `piece` in `dtype`, and the effect of the cast; needs a few MiB beyond the result.
 
     Raises:
         AnchorError: the region lies outside the tensor, or the file has changed since its header was read.
@@ -86,7 +86,7 @@ def read_cast(tensor: StoredTensor, piece: ShardSlice, dtype: torch.dtype) -> tu
 
 
 def _parts(piece: ShardSlice) -> Iterator[ShardSlice]:
-    """Cut a slice into some of at most `_CHUNK` elements; `offset` is then where one begins within it."""
+    """Cut a slice into slices of at most `_CHUNK` elements; their `offset` is relative to the slice."""
     if isinstance(piece.region, FlatRange):
         for begin in range(0, piece.numel, _CHUNK):
             numel = min(_CHUNK, piece.numel - begin)

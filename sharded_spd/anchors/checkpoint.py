@@ -15,9 +15,9 @@ INDEX = ".safetensors.index.json"
 
 
 class Checkpoint:
-    """The tensors of a checkpoint by name, and the manifest beside them. Nothing is read before it is asked.
+    """The tensors of a checkpoint by name, and the manifest beside them. Reads lazily.
 
-    What is found is kept, errors are not: asked again, it looks again. No file stays open.
+    Results are cached, errors are not: the next call tries again. No file stays open.
     """
 
     def __init__(self, source: str) -> None:
@@ -29,7 +29,7 @@ class Checkpoint:
 
     @property
     def root(self) -> Path:
-        """The checkpoint's path on this machine, which for a name of the hub is in its cache.
+        """The checkpoint's path on this machine; for a name of the hub, in its local cache.
 
         Raises:
             AnchorError: there is no such path, and no such name in the cache.
@@ -60,7 +60,7 @@ class Checkpoint:
         """Where a tensor lies.
 
         Raises:
-            AnchorError: its file is damaged, or does not hold what the index says.
+            AnchorError: its file is damaged, or lacks a tensor that the index lists.
         """
         path = self.files()[key]
         header = self.header(path)
@@ -75,11 +75,11 @@ class Checkpoint:
         return self._headers[path]
 
     def relative(self, path: str) -> str:
-        """How the manifest calls a file: its path below the checkpoint's directory, with slashes."""
+        """A file's name in the manifest: its path below the checkpoint's directory, with slashes."""
         return Path(path).relative_to(self.folder).as_posix()
 
     def manifest(self) -> Manifest | None:
-        """The manifest beside the files; None where there is none, or it does not know the one file named.
+        """The manifest beside the files; None if there is none, or if it does not list the one file named.
 
         Raises:
             AnchorError: the manifest is damaged.
@@ -94,7 +94,7 @@ class Checkpoint:
         return self._manifest[0]
 
     def fault(self, tensor: StoredTensor) -> tuple[str | None, str | None]:
-        """By the manifest, if there is one: whether the tensor's file, or the tensor, is another one.
+        """By the manifest, if there is one: how the tensor's file, or the tensor, differs from it.
 
         Raises:
             AnchorError: the file cannot be read.
@@ -106,7 +106,7 @@ class Checkpoint:
         return file, None if file else manifest.tensor_fault(tensor)
 
     def _named(self) -> set[str]:
-        """The files that the given path stands for, where it is one itself."""
+        """The files that the given path means, if it is a file itself."""
         is_index = self.root.name.endswith(".json")
         return set(self.files().values()) if is_index else {str(self.root)}
 
@@ -122,7 +122,7 @@ class Checkpoint:
         return dict.fromkeys(self.header(str(root)), str(root))
 
     def _unite(self, root: Path) -> dict[str, str]:
-        """List all files of a directory without an index, whose tensors must be distinct."""
+        """List the tensors of all files in a directory without an index; their names must be distinct."""
         paths = sorted(root.glob("*.safetensors"))
         if not paths:
             others = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))

@@ -1,4 +1,4 @@
-"""Anchors from a safetensors checkpoint on disk, of which each rank reads only its own slices."""
+"""Anchors from a safetensors checkpoint on disk; each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _NUMBER = re.compile(r"\d+")
 class FileAnchor:
     """Pre-trained values in a safetensors file, a sharded index, or a directory with either.
 
-    Making one does not touch the disk: what is wrong with the files comes out of `problems`, so that all
-    ranks can agree on it first. `dtype` "auto" keeps the stored dtype. `missing` "zero" anchors layers that
-    the checkpoint lacks at zero. `names` are patterns on whole names of layers (`re.fullmatch`), the first
-    wins, and the names in the file that they lead to; several may lead to one tensor. No file stays open.
+    The constructor does not touch the disk: `problems` reports errors of the files, so that all ranks can
+    agree on them first. `dtype` "auto" keeps the stored dtype. `missing` "zero" anchors layers that the
+    checkpoint lacks at zero. `names` maps patterns on full layer names (`re.fullmatch`, the first wins) to
+    names in the file; several may map to one tensor. No file stays open.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FileAnchor:
 
     @property
     def source(self) -> str:
-        """The checkpoint's path, as it was given."""
+        """The checkpoint's path, as given."""
         return self._path
 
     @property
@@ -73,13 +73,13 @@ class FileAnchor:
         return dict(self._names)
 
     def know(self, facts: ModelFacts, fqns: Iterable[str]) -> None:
-        """Take note of what the model says of its layers, and of the names of all of them."""
+        """Store the model's facts about its layers, and all their names."""
         self._facts, self._fqns = facts, frozenset(fqns)
 
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """One sentence per layer (or file) that cannot be served with that full shape; empty when all can.
 
-        Names are settled here, over all layers at once; `fetch` follows.
+        Names are resolved here, for all layers at once; `fetch` uses them.
         """
         try:
             files, _ = self._stored.files(), self._stored.manifest()
@@ -154,10 +154,10 @@ class FileAnchor:
         return []
 
     def strays(self, model_fqns: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Layers with which the checkpoint goes on where the model ends, as of a larger model.
+        """Layers of the checkpoint beyond the model's, as in a larger model.
 
-        Those that its configuration or the loader leaves out on purpose (to predict several tokens), and the
-        others. Tensors that are no layer's like (a head of the pre-training, buffers) are nobody's concern.
+        First those that its configuration or the loader leaves out on purpose (to predict several tokens),
+        then the others. Tensors unlike any layer (a pre-training head, buffers) are ignored.
         """
         files = self._stored.files()
         claimed = set(naming.find(model_fqns, files, self._facts, self._rules, lambda *_: True).keys.values())
@@ -171,12 +171,12 @@ class FileAnchor:
         return [n for n in strays if n in on_purpose], [n for n in strays if n not in on_purpose]
 
     def at_start(self, layers: Iterable[str]) -> list[str]:
-        """Those of the layers that the file lacks, and that zero would damage: they stay at their start."""
+        """The layers that the file lacks and that zero would damage: they are anchored at their start."""
         lacking = [layer for layer in layers if self._names.get(layer) is None]
         return [layer for layer in lacking if neutral_at(layer, self._facts) == "start"] if self._zero else []
 
     def notes(self, layers: Iterable[str]) -> list[str]:
-        """What the one who chose this anchor ought to hear once: layers at zero, tables of another size."""
+        """Notes for the user, to be given once: layers at zero, tables of another size."""
         listed = [layer for layer in layers if layer in self._names]
         resized = [layer for layer in listed if layer in self._rows]
         zero = [layer for layer in listed if self._names[layer] is None]
@@ -194,7 +194,7 @@ class FileAnchor:
     def fetch(self, piece: ShardSlice, weight: Tensor | None = None) -> Values | None:
         """Read the values of `piece` as a fresh 1-D tensor `[piece.numel]`; None: anchored at zero.
 
-        `weight`, this rank's own values of it, is what rows are anchored at that the file lacks.
+        `weight`, this rank's own values of it, anchors the rows that the file lacks.
 
         Raises:
             AnchorError: the checkpoint lacks the layer, its file is damaged, or the piece lies outside of it.
@@ -230,10 +230,10 @@ class FileAnchor:
         return values
 
     def refuse_zero(self, piece: ShardSlice, weight: Tensor) -> str | None:
-        """Why a layer that the file lacks must not be anchored at zero, as its values tell; None: it may be.
+        """Why a layer that the file lacks must not be anchored at zero, by its values; None: it may be.
 
-        It is a gain (one value throughout, which is not zero), or has the values of a tensor of the file that
-        is no other layer's: it is there under another name.
+        Either it is a gain (one nonzero value throughout), or it equals a tensor of the file that belongs to
+        no other layer: it is there under another name.
         """
         if self._names.get(piece.layer) is not None or neutral_at(piece.layer, self._facts) == "zero":
             return None
@@ -263,14 +263,14 @@ class FileAnchor:
         return None
 
     def expected(self, layer: str) -> tuple[int, ...] | None:
-        """The fingerprint that the manifest beside the files has of the layer; None without a manifest.
+        """The layer's fingerprint in the manifest beside the files; None without a manifest.
 
         Raises:
             AnchorError: the manifest is damaged.
         """
         manifest, key = self._stored.manifest(), self._names.get(layer)
         if layer in self._rows and self._rows[layer] > self._shapes[layer][0]:
-            return None  # the layer has a part of the tensor only
+            return None  # the layer has only some rows of the tensor
         entry = manifest.tensors.get(key) if manifest is not None and key is not None else None
         return None if entry is None else entry.fingerprint
 
@@ -280,7 +280,7 @@ class FileAnchor:
         return None if manifest is None else manifest.fingerprint
 
     def cast(self, layer: str) -> Cast | None:
-        """What the last `fetch` of the layer did to its values; None where that could lose nothing."""
+        """How the last `fetch` of the layer changed its values; None if the cast is lossless."""
         return self._casts.get(layer)
 
     def _read(self, tensor: StoredTensor, piece: ShardSlice) -> Values:

@@ -1,8 +1,8 @@
 """A fingerprint of values that does not depend on how they are split, nor on a lossless dtype.
 
 Per layer and seed: the sum modulo 2^64, over its elements, of mix64(seed, flat index, bits of the value as
-float32), and for a float64 that float32 does not hold the same of the bits of the rest. The sums of shards
-add up to the sum of the whole, so one int64 all-reduce settles all layers.
+float32), plus, for a float64 that float32 cannot represent, the same of the bits of the rest. The sums of
+shards add up to the sum of the full layer, so one int64 all-reduce serves all layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _xor_shifted(x: Tensor, shift: int) -> Tensor:
 
 
 def _run_start(region: Box, shape: tuple[int, ...]) -> int | None:
-    """Where the box begins in the flattened layer if it is one run there, as whole rows are; else None."""
+    """Where the box begins in the flattened layer if it is contiguous there, like full rows; else None."""
     split = next((dim for dim, size in enumerate(region.sizes) if size != 1), len(shape))
     if region.sizes[split + 1 :] != tuple(shape[split + 1 :]):
         return None
@@ -69,7 +69,7 @@ def _flat_indices(
 
 @torch.no_grad()
 def slice_fingerprint(values: Values | None, piece: ShardSlice, shape: tuple[int, ...]) -> Tensor:
-    """This slice's part of the layer's fingerprint, int64 `[2]`; `values` `[piece.numel]`, None for zero."""
+    """This slice's share of the layer's fingerprint, int64 `[2]`; `values` `[piece.numel]`, None for zero."""
     total = torch.zeros(len(SEEDS), dtype=torch.int64, device=values.device if values is not None else "cpu")
     if values is None:
         return total

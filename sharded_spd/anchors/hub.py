@@ -1,4 +1,4 @@
-"""A source that is no path may be a name of the Hugging Face hub, looked up in the local cache only."""
+"""A source that is not a path may be a Hugging Face hub name; it is looked up in the local cache only."""
 
 from __future__ import annotations
 

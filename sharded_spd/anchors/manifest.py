@@ -103,7 +103,7 @@ class Manifest:
 
 
 def other_values(where: str, manifest: str) -> str:
-    """What to say of stored values whose fingerprint, or blocks, are not those of their manifest."""
+    """The message for stored values with a fingerprint, or blocks, other than in their manifest."""
     return f"{where}: has other values than {manifest} says: damaged, or another model's"
 
 

@@ -69,7 +69,7 @@ class MappedValues:
         self._part = _region(_whole(self._file.data, tensor, self._stored), region, numel)
 
     def numel(self) -> int:
-        """How many there are."""
+        """The number of values."""
         return self._numel
 
     def __getitem__(self, cut: slice, /) -> Tensor:
@@ -91,11 +91,11 @@ class MappedValues:
         return self._part.reshape(-1)
 
     def changed(self) -> str | None:
-        """What has happened to the file since it was mapped, if anything has; then the values are lost."""
+        """How the file has changed since it was mapped, if at all; then the values are lost."""
         return self._file.changed()
 
     def check(self) -> None:
-        """Raises AnchorError where the file has changed."""
+        """Raise AnchorError if the file has changed."""
         changed = self.changed()
         if changed is not None:
             raise AnchorError(changed)
@@ -178,7 +178,7 @@ class MappedFile:
         return self.data.numel()
 
     def changed(self) -> str | None:
-        """What has happened to the file since it was mapped, if anything has; costs a system call."""
+        """How the file has changed since it was mapped, if at all; costs a system call."""
         try:
             now = stamp(self._fd)
         except OSError as error:  # a file server's handle has gone stale

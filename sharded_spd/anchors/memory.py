@@ -1,4 +1,4 @@
-"""Anchors that are at hand already: tensors given by the user, and zero."""
+"""Anchors in memory: tensors given by the user, and zero."""
 
 from __future__ import annotations
 

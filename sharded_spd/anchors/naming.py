@@ -1,7 +1,7 @@
-"""Which tensor of a checkpoint each layer is: the user's rules, the loader's renamings, ties, spellings.
+"""Matches layers to the tensors of a checkpoint: the user's rules, the loader's renamings, ties, spellings.
 
-A layer's name in the model, in the file, and what the loader makes of the one to get the other are three
-things. They are settled here, over all layers at once, for every use of a file.
+A layer has a name in the model, a name in the file, and a renaming by the loader between the two. All are
+resolved here, for all layers at once, for every use of a file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _SPELLED = {"weight": "gamma", "bias": "beta", "gamma": "weight", "beta": "bias"
 
 @dataclass(slots=True)
 class Naming:
-    """What was found.
+    """The result of `find`.
 
-    `keys`: the tensor of each layer that has one; `otherwise`: why a layer has none though the file has its
-    values.
+    `keys`: the tensor of each layer that has one; `otherwise`: why a layer has none although the file has
+    its values.
     """
 
     keys: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Anchors that are not what was asked for to the letter: which, and what is said of them, once."""
+"""Anchors that differ from what the user asked for: which they are, and the notes about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Anchors = Mapping[str, AnchorStore | Literal["snapshot"]]
 
 
 def kept_at_start(anchors: Anchors, facts: ModelFacts) -> list[str]:
-    """Layers that were to be at zero, and are of an adapter that zero would not put to rest."""
+    """Layers to be anchored at zero, but of an adapter that is not neutral at zero."""
     return [
         fqn
         for fqn, anchor in anchors.items()
@@ -26,7 +26,7 @@ def kept_at_start(anchors: Anchors, facts: ModelFacts) -> list[str]:
 
 
 def notes(anchors: Anchors, at_start: Collection[str]) -> list[str]:
-    """What to say of `anchors`, those of layers that are bound for the first time."""
+    """The notes on `anchors`, those of layers bound for the first time."""
     own = [fqn for fqn in at_start if fqn in anchors]
     found = []
     if own:

@@ -1,4 +1,4 @@
-"""Binding: every layer gets its rule and its anchor, and all ranks learn alike what came of it."""
+"""Binding: every layer gets its rule and its anchor, and all ranks learn the same result."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def _settle(
     previous: Mapping[str, HeldAnchor],
     found: Findings,
 ) -> Mapping[str, LayerSettings]:
-    """The options as they hold: adapters that zero would damage stay at their start, which is noted."""
-    anchors = {fqn: own.anchor for fqn, own in options.items() if own.rule.spec.anchored}
+    """The final options: adapters that zero would damage keep their start as anchor, and a note says so."""
+    anchors = {fqn: layer.anchor for fqn, layer in options.items() if layer.rule.spec.anchored}
     at_start = kept_at_start(anchors, layout.facts)
     found.notes += notes({fqn: a for fqn, a in anchors.items() if fqn not in previous}, at_start)
     return {**options, **{fqn: replace(options[fqn], anchor="snapshot") for fqn in at_start}}
@@ -84,23 +84,23 @@ def bind(
     groups: Sequence[Any],
     failure: Exception | None = None,
 ) -> Binding:
-    """Bind every layer; one that is bound already keeps its anchor. Collective over `groups` and the scopes.
+    """Bind every layer; a bound layer keeps its anchor. Collective over `groups` and the scopes.
 
     Args:
         shards: this rank's shards of all layers.
         layout: the layout of all layers.
         options: each layer's settings.
-        previous: what this rank holds already, by FQN.
-        unchecked: layers among those whose snapshot has not been checked by a step yet.
-        groups: the groups whose ranks bind together.
-        failure: what this rank has found wrong before, to be raised on all of them.
+        previous: the anchors that this rank holds already, by FQN.
+        unchecked: layers of `previous` with a snapshot that no step has checked yet.
+        groups: the process groups of the ranks that bind together.
+        failure: an earlier error of this rank, to be raised on all of them.
 
     Raises:
-        AnchorError: on all ranks alike, where an anchor does not fit or cannot be read on one of them.
+        AnchorError: on all ranks, if an anchor does not fit or cannot be read on one of them.
     """
     pieces = {piece.layer: (shard, piece) for shard in shards for piece in shard.slices}
     result = Binding(layout, options, {})
-    part = _LocalPart(result, previous, unchecked)
+    local_part = _LocalPart(result, previous, unchecked)
 
     def local() -> None:
         if failure is not None:
@@ -109,22 +109,22 @@ def bind(
         result.options = _settle(layout, options, previous, result.found)
         for shard, piece in pieces.values():
             if result.options[piece.layer].rule.spec.anchored:
-                part.bind(shard, piece)
-        part.check_zeros()
+                local_part.bind(shard, piece)
+        local_part.check_zeros()
 
     agree(local, groups)
-    _reduce(result, part.totals)
-    # Tensors given by the user are bound now: this rank's shard is kept, theirs are let go.
+    _reduce(result, local_part.totals)
+    # The user's tensors are bound now: keep this rank's shard, release theirs.
     result.options = {
-        fqn: replace(own, anchor="snapshot") if isinstance(own.anchor, TensorAnchor) else own
-        for fqn, own in result.options.items()
+        fqn: replace(layer, anchor="snapshot") if isinstance(layer.anchor, TensorAnchor) else layer
+        for fqn, layer in result.options.items()
     }
     return result
 
 
 @dataclass(slots=True)
 class _LocalPart:
-    """What this rank binds by itself: its slices' anchors, and its part of the sums that tell of them."""
+    """What this rank binds by itself: its slices' anchors, and its share of their sums."""
 
     binding: Binding
     previous: Mapping[str, HeldAnchor]
@@ -166,7 +166,7 @@ class _LocalPart:
             norm_sq,
             prints,
             stored=prints if cast is None else cast.fingerprint,
-            # A rank that holds nothing of a layer cannot tell, and leaves it to the others.
+            # A rank that holds nothing of a layer cannot know, and leaves it to the others.
             known=(known or not snapshot) and piece.numel > 0,
             unchecked=fqn in self.unchecked,
             pending=held.pending,
@@ -176,7 +176,7 @@ class _LocalPart:
         )
 
     def _keep(self, old: HeldAnchor, piece: ShardSlice) -> None:
-        """Its weights may move meanwhile: what they were when they were bound is what counts."""
+        """Keep the old anchor: the weights may have moved, and their values at binding count."""
         self.binding.held[piece.layer] = replace(old, piece=piece)
         self.totals[piece.layer] = LayerTotals(
             old.norm_sq,
@@ -189,13 +189,13 @@ class _LocalPart:
         )
 
     def _note_zero(self, shard: BoundShard, piece: ShardSlice, weight: Tensor, store: object) -> None:
-        """A layer that is newly anchored at zero: whether it is there, or may not be."""
+        """Note whether a layer newly anchored at zero is at zero, and whether its store refuses that."""
         self.nonzero[piece.layer] = bool(weight.any())
         if isinstance(store, NamedStore) and shard.requires_grad:
             self.refused += filter(None, [store.refuse_zero(piece, weight)])
 
     def check_zeros(self) -> None:
-        """Raises AnchorError where zero would damage a layer; notes which products of layers it stops."""
+        """Raise AnchorError if zero would damage a layer; note which products of layers it stops."""
         if self.refused:
             raise AnchorError("anchor_missing: zero does not fit:\n  " + "\n  ".join(self.refused))
         self.binding.found.notes += about_products(self.nonzero, self.binding.layout.facts)
@@ -208,7 +208,7 @@ def _values(
     weight: Tensor,
     shape: tuple[int, ...],
 ) -> tuple[Values | None, bool]:
-    """The anchor of a slice, and whether it was known before this binding."""
+    """A slice's anchor, and whether it was known before this binding."""
     if old is None:
         return fetch(options, piece, weight), False
     if not old.pending:
@@ -223,10 +223,10 @@ def _values(
 def _hold(
     values: Values | None, piece: ShardSlice, weight: Tensor, prints: tuple[int, ...], *, frozen: bool
 ) -> HeldAnchor:
-    """A layer that stays where it is, or is not pulled, and is at its anchor takes no memory until it must.
+    """Hold an anchor; a frozen or unpulled layer that is at its anchor takes no memory until it must.
 
-    Taking it from the weight then, and not from its store, also keeps a step free of reads that may fail on
-    one rank. What takes no memory anyway is held.
+    It is then taken from the weight, not from its store: a read in a step could fail on one rank. Anchors
+    that take no memory anyway are held.
     """
     if (
         frozen
@@ -239,13 +239,13 @@ def _hold(
 
 @dataclass(frozen=True, slots=True)
 class LayerTotals:
-    """What is summed of a layer over its ranks: of this rank's part, or of all, where a flag is of any rank.
+    """A layer's numbers, of this rank's share or summed over ranks; a summed flag is that of any rank.
 
-    `norm_sq`: |w0|^2. `prints`: the fingerprint, and `stored` that before a change of dtype. `known`: whether
-    the anchor was known before this binding, or cannot be a snapshot of other weights; `unchecked`: whether
-    no step has checked it yet; `pending`: whether it is not held; `before`: whether it was bound before;
-    `differs_from_weights`: whether a checkpoint anchors it elsewhere than at its weight; `lossy`: whether a
-    change of dtype changed its values.
+    `norm_sq`: |w0|^2. `prints`: the fingerprint; `stored`: that before a change of dtype. `known`: whether
+    the anchor was known before this binding, or cannot be a snapshot of other weights. `unchecked`: whether
+    no step has checked it yet. `pending`: whether it is not held. `before`: whether it was bound before.
+    `differs_from_weights`: whether a checkpoint's anchor differs from its weight. `lossy`: whether a change
+    of dtype changed its values.
     """
 
     norm_sq: float
@@ -260,7 +260,7 @@ class LayerTotals:
 
     @staticmethod
     def summed(totals: Mapping[str, LayerTotals], layout: ShardLayout) -> dict[str, LayerTotals]:
-        """All ranks' together, in the model's order. Collective over the scopes."""
+        """The sums over all ranks, in the model's order. Collective over the scopes."""
         fqns = [fqn for fqn in layout.fqns if fqn in totals]
         norms = torch.tensor([totals[fqn].norm_sq for fqn in fqns], dtype=torch.float64)
         width = 2 * len(SEEDS) + len(_FLAGS)
@@ -288,15 +288,15 @@ def _norm_sq(values: Values | None) -> float:
         return 0.0
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for begin in range(0, values.numel(), CHUNK):
-        part = values[begin : begin + CHUNK].double()
-        total += fixed_sum(part * part)
+        chunk = values[begin : begin + CHUNK].double()
+        total += fixed_sum(chunk * chunk)
     return float(total)
 
 
-def _reduce(binding: Binding, own: Mapping[str, LayerTotals]) -> None:
+def _reduce(binding: Binding, local_totals: Mapping[str, LayerTotals]) -> None:
     """Sum over the scopes: norms, fingerprints, and what no rank may decide by itself."""
     found = binding.found
-    totals = LayerTotals.summed(own, binding.layout)
+    totals = LayerTotals.summed(local_totals, binding.layout)
     for fqn, layer in totals.items():
         binding.norms[fqn] = math.sqrt(layer.norm_sq)
         binding.fingerprints[fqn] = layer.prints
@@ -308,13 +308,13 @@ def _reduce(binding: Binding, own: Mapping[str, LayerTotals]) -> None:
             binding.unverified.pending.add(fqn)
         elif layer.unchecked or not layer.known:
             binding.unverified.fresh.add(fqn)
-    # With each fingerprint goes whose it is, for of the layers of other ranks nothing else is known here.
-    theirs = {}
+    # Each fingerprint travels with its anchor: this rank knows nothing else of other ranks' layers.
+    described = {}
     for fqn, layer in totals.items():
         settings = binding.options[fqn]
         source = settings.anchor if isinstance(settings.anchor, str) else settings.anchor.source
-        theirs[fqn] = (layer.prints, source, settings.fingerprint)
-    for fqn, (prints, source, wanted) in union(theirs, binding.layout.everywhere).items():
+        described[fqn] = (layer.prints, source, settings.fingerprint)
+    for fqn, (prints, source, pinned) in union(described, binding.layout.everywhere).items():
         binding.elsewhere[fqn] = prints
-        if wanted is not None:
-            found.pinned.setdefault((source, wanted), {})[fqn] = prints
+        if pinned is not None:
+            found.pinned.setdefault((source, pinned), {})[fqn] = prints

@@ -1,10 +1,10 @@
-"""What is checked of a binding: before it, when it is made, and at the first step that moves a layer.
+"""Checks of a binding: before it, when it is made, and at the first step that moves a layer.
 
-Before it, a step may only be one that moves nothing. When it is made, the anchors have to be those that
-manifests, the configuration and earlier bindings name: told from reduced numbers, in an action on which the
-ranks agree, since a manifest may lie on one node only. At a layer's first real step its reduced statistics
-show whether its anchor is what it is said to be: a snapshot is of the pre-trained weights only if none were
-loaded after it was taken, and a frozen layer is at its anchor only if it has not been loaded since.
+Before it, a step must move nothing. When it is made, the anchors must be those that manifests, the
+configuration and earlier bindings name. This is checked on reduced numbers, in an action that the ranks agree
+on, since a manifest may lie on one node only. At a layer's first real step its reduced statistics verify the
+anchor: a snapshot is of the pre-trained weights only if none were loaded after it was taken, and a frozen
+layer is at its anchor only if it has not been loaded since.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def check_unbound(optimizer: Optimizer, groups: Sequence[ProcessGroup]) -> None:
-    """An unbound step passes as the plain base where it moves nothing for lack of gradients.
+    """Let an unbound step pass as the plain base if it moves nothing for lack of gradients.
 
     Collective over `groups`.
 
     Raises:
-        BindingError: where any rank has a gradient that is not 0.
+        BindingError: any rank has a gradient that is not 0.
     """
 
     def check() -> None:
@@ -49,7 +49,7 @@ def check_unbound(optimizer: Optimizer, groups: Sequence[ProcessGroup]) -> None:
                 local = getattr(grad, "_local_tensor", grad)
                 if local.layout != torch.strided or bool(flat(local).any()):
                     raise BindingError(
-                        f"{type(optimizer).__name__} was asked to step with gradients before its anchors are "
+                        f"{type(optimizer).__name__} was stepped with gradients before its anchors were "
                         "bound: this would be the plain base optimizer; call bind() after sharding and "
                         "loading the pre-trained weights"
                     )
@@ -60,32 +60,32 @@ def check_unbound(optimizer: Optimizer, groups: Sequence[ProcessGroup]) -> None:
 def facts(
     options: Mapping[str, LayerSettings], shards: Sequence[BoundShard], per_step: bool
 ) -> dict[str, dict[str, object]]:
-    """Of each layer, what has to be the same on all ranks that sum it; a path may be each node's own."""
-    found: dict[str, dict[str, object]] = {}
+    """What must be the same of a layer on all ranks that sum it; a path may differ between nodes."""
+    by_layer: dict[str, dict[str, object]] = {}
     for shard in shards:
         group = shard.param_group
         scalars = {key: group.get(key) for key in ("lr", "weight_decay", "max_pull", "maximize")}
         for piece in shard.slices:
-            own = options[piece.layer]
-            kind = own.anchor if isinstance(own.anchor, str) else type(own.anchor).__name__
-            found[piece.layer] = {
-                "rule": f"{own.rule.name} {_ADDRESS.sub('', repr(own.rule))}",
-                "anchor": kind if own.rule.spec.anchored else None,
+            layer = options[piece.layer]
+            kind = layer.anchor if isinstance(layer.anchor, str) else type(layer.anchor).__name__
+            by_layer[piece.layer] = {
+                "rule": f"{layer.rule.name} {_ADDRESS.sub('', repr(layer.rule))}",
+                "anchor": kind if layer.rule.spec.anchored else None,
                 **{k: v if isinstance(v, (int, float, bool)) else None for k, v in scalars.items()},
-                "weight_decay of the configuration": own.weight_decay,
-                "max_pull of the configuration": own.max_pull,
-                "anchor on disk": is_on_disk(own.anchor),
-                "anchor.fingerprint": own.fingerprint,
+                "weight_decay of the configuration": layer.weight_decay,
+                "max_pull of the configuration": layer.max_pull,
+                "anchor on disk": is_on_disk(layer.anchor),
+                "anchor.fingerprint": layer.fingerprint,
                 "reduction": "per_step" if per_step else "per_inner_step",
             }
-    return found
+    return by_layer
 
 
 def check_stored(binding: Binding) -> None:
-    """Compare what was read with what the manifests say, layer by layer.
+    """Compare the values read with the manifests, layer by layer.
 
     Raises:
-        AnchorError: where they differ; it names the layers.
+        AnchorError: they differ; it names the layers.
     """
     different: dict[str, list[str]] = {}
     for fqn, stored in binding.found.stored.items():
@@ -103,15 +103,15 @@ def check_stored(binding: Binding) -> None:
 
 
 def check_strays(binding: Binding) -> None:
-    """Refuse files that go on where the model ends, unless it begins at their values and so was cut from one.
+    """Refuse files with more layers than the model, unless it starts at their values: it was cut from one.
 
     Raises:
-        AnchorError: where they are probably a larger model's.
+        AnchorError: they are probably a larger model's.
     """
     strays, differing = binding.found.strays, set(binding.found.differs_from_weights)
     for source, names in strays.items():
-        own = [fqn for fqn, o in binding.options.items() if getattr(o.anchor, "source", "") == source]
-        if not differing.intersection(own):
+        fqns = [fqn for fqn, o in binding.options.items() if getattr(o.anchor, "source", "") == source]
+        if not differing.intersection(fqns):
             binding.found.notes.append(
                 f"{source}: holds {len(names)} tensors of layers that the model lacks ({some(names, 3)}); "
                 "it begins at the values of the others there, so it was cut from a larger one"
@@ -124,36 +124,36 @@ def check_strays(binding: Binding) -> None:
 
 
 def check_pinned(binding: Binding) -> None:
-    """Compare the fingerprints that the configuration names with those of the layers that they are for.
+    """Compare the fingerprints in the configuration with those of their layers.
 
-    One that a manifest vouches for may also be that of all that is stored, of which the model may use a part.
+    With a manifest, a fingerprint may also be that of all stored tensors, of which the model may use a part.
 
     Raises:
-        AnchorError: where they differ.
+        AnchorError: they differ.
     """
     for (source, wanted), layers in binding.found.pinned.items():
         here = [fqn for fqn in layers if fqn in binding.fingerprints]
         if not here:
-            continue  # other ranks' alone: they have the manifest, and tell
-        store, own = binding.options[here[0]].anchor, combine(layers)
-        whole = store.expected_overall() if isinstance(store, VouchedStore) else None
-        if wanted not in (own, whole):
-            manifest = f" (the manifest there says {whole} of all its tensors)" if whole else ""
+            continue  # only other ranks have these layers: they have the manifest, and report
+        store, fingerprint = binding.options[here[0]].anchor, combine(layers)
+        overall = store.expected_overall() if isinstance(store, VouchedStore) else None
+        if wanted not in (fingerprint, overall):
+            manifest = f" (the manifest there says {overall} of all its tensors)" if overall else ""
             raise another_anchor(
                 f"anchor {source} of {len(layers)} layer(s) ({some(list(layers), 3)})",
                 "the configuration's",
                 wanted=wanted,
-                got=f"{own}{manifest}",
+                got=f"{fingerprint}{manifest}",
                 cause="another pre-trained model or revision, or other layers",
                 advice="put the right files there, or correct anchor.fingerprint",
             )
 
 
 def check_unchanged(before: Binding, now: Binding, renamed: Mapping[str, str]) -> None:
-    """A layer that is bound anew keeps its anchor.
+    """Check that a re-bound layer keeps its anchor.
 
     Raises:
-        AnchorError: for a layer that has another.
+        AnchorError: a layer has another anchor.
     """
     for fqn, prints in before.fingerprints.items():
         name = renamed.get(fqn, fqn)
@@ -172,7 +172,7 @@ def check_saved(saved: str, own: str) -> None:
     """Compare the fingerprint in a training checkpoint with this run's.
 
     Raises:
-        AnchorError: where they differ.
+        AnchorError: they differ.
     """
     if saved and saved != own:
         raise another_anchor(
@@ -185,8 +185,8 @@ def check_saved(saved: str, own: str) -> None:
 
 
 HAS_STATE, DELTA, DOT, MOVED, TRAINED = range(5)
-"""Rows of the guard: ranks where the base has state, |w - w0|^2, <g, w - w0>, ranks where a layer moved whose
-anchor was not held yet, ranks where the base's state is of steps that were not taken under this binding."""
+"""Rows of the guard: ranks where the base has state, |w - w0|^2, <g, w - w0>, ranks where a layer moved
+before its anchor was held, ranks where the base's state comes from steps outside this binding."""
 
 NUM_ROWS = 5
 
@@ -194,24 +194,24 @@ GUARD_STATISTICS = (
     Statistic("guard_delta_sq", lambda b: b.delta * b.delta),
     Statistic("guard_grad_dot_delta", lambda b: b.grad * b.delta),
 )
-"""What is summed for the rows `DELTA` and `DOT`."""
+"""The statistics of the rows `DELTA` and `DOT`."""
 
 
 class _Signs(NamedTuple):
-    """What a step showed of one layer."""
+    """What a step shows about one layer."""
 
     left: bool
-    """It is not at its anchor although the base has no state of it."""
+    """It is not at its anchor, but the base has no state for it."""
     moved: bool
-    """It has other weights than when it was bound, and its anchor was not held."""
+    """Its weights changed since it was bound, and its anchor was not held."""
     real: bool
-    """The step is taken, with a learning rate."""
+    """It steps, with a nonzero learning rate and no overflow."""
     stepping: bool
     """It has a gradient."""
     resumed: bool
     """It is not at its anchor, and the base has state that explains it."""
     trained: bool
-    """The base has state of it that is of earlier steps."""
+    """The base has state for it from earlier steps."""
 
 
 def check_first_steps(
@@ -225,14 +225,14 @@ def check_first_steps(
     lr: Tensor,
     wanted: Set[str],
 ) -> None:
-    """Check the layers that step now and strike them off `unverified`. Waits for the device.
+    """Check the layers that step now and remove them from `unverified`. Waits for the device.
 
-    `wanted` are the layers with a strength: what is not held yet is taken then. A step with lr 0 and no
-    gradient, as checkpoint libraries run one, neither proves nor disproves anything.
+    `wanted` are the layers with a strength: their pending anchors are taken now. A step with lr 0 and no
+    gradient, which checkpoint libraries run, proves nothing.
 
     Raises:
-        AnchorError: for a layer that had left its anchor before its first step, or whose anchor is of
-            fine-tuned weights.
+        AnchorError: a layer had left its anchor before its first step, or its anchor is of fine-tuned
+            weights.
     """
     stepping = has_grad > 0
     moves = (lr != 0) | (found_inf > 0) | (guard[DOT] != 0)
@@ -254,7 +254,7 @@ def check_first_steps(
     left, tuned = [], []
     for part in parts:
         fresh = [fqn for fqn in part if fqn in unverified.fresh]
-        # Where others were resumed it is only this layer's state that the checkpoint lacked.
+        # If other layers were resumed, the checkpoint only lacked this layer's state.
         if not any(signs[fqn].resumed for fqn in fresh):
             left += [fqn for fqn in fresh if signs[fqn].left]
             tuned += [fqn for fqn in fresh if signs[fqn].trained and signs[fqn].real]
@@ -272,7 +272,7 @@ def check_first_steps(
 def _refuse(left: Sequence[str], tuned: Sequence[str], thawed: Sequence[str], resting: Set[str]) -> None:
     if left:
         raise AnchorError(
-            f"{len(left)} layer(s) had left their anchor before the first step, {left[0]!r} for one: "
+            f"{len(left)} layer(s) had left their anchor before the first step, e.g. {left[0]!r}: "
             "weights were loaded after the snapshot was taken; load the pre-trained weights first and "
             "then build the optimizer, or use anchor='deferred' and call bind() after loading, or "
             "anchor at a checkpoint's path; when resuming, load the projector's (or AdamSPD's) state "
@@ -280,7 +280,7 @@ def _refuse(left: Sequence[str], tuned: Sequence[str], thawed: Sequence[str], re
         )
     if tuned:
         raise AnchorError(
-            f"the optimizer has stepped {len(tuned)} layer(s) before, {tuned[0]!r} for one, and yet they "
+            f"the optimizer has stepped {len(tuned)} layer(s) before, e.g. {tuned[0]!r}, but they "
             "are at their snapshot to the last bit: it was taken after the training, of fine-tuned "
             "weights; attach before the resumed weights and state are loaded, or load the projector's "
             "state too, or anchor at the path of the pre-trained checkpoint (or of these weights, if "
@@ -289,14 +289,14 @@ def _refuse(left: Sequence[str], tuned: Sequence[str], thawed: Sequence[str], re
     rested = [fqn for fqn in thawed if fqn in resting]
     if rested:
         raise AnchorError(
-            f"{len(rested)} layer(s) have moved while lambda was 0, {rested[0]!r} for one, so that their "
-            "pre-trained weights are gone now that it is not; anchor at a checkpoint's path, or give "
+            f"{len(rested)} layer(s) have moved while lambda was 0, e.g. {rested[0]!r}: now that it is not "
+            "0, their pre-trained weights are gone; anchor at a checkpoint's path, or give "
             "lambda as a 0-d tensor from the start, which keeps the snapshot"
         )
     if thawed:
         raise AnchorError(
             f"{len(thawed)} layer(s) were frozen at their anchor when it was bound and have other "
-            f"weights at their first gradient, {thawed[0]!r} for one: weights were loaded in between; "
+            f"weights at their first gradient, e.g. {thawed[0]!r}: weights were loaded in between; "
             "anchor at a checkpoint's path, or let the layers require gradients when the anchor is "
             "bound"
         )
@@ -309,7 +309,7 @@ def look_for_training_(
     column: Mapping[str, int],
     unseen: Set[str],
 ) -> None:
-    """Note in the row `TRAINED` which of the `unseen` layers the optimizer has moments of from elsewhere."""
+    """Mark in the row `TRAINED` the `unseen` layers that the optimizer has moments for from elsewhere."""
     for shard in shards:
         state = optimizer.state.get(shard.key, {}) if shard.key is not None else {}
         moments = [
@@ -317,7 +317,7 @@ def look_for_training_(
             for m in state.values()
             if isinstance(m, Tensor) and shard.key is not None and m.shape == shard.key.shape
         ]
-        # What an optimizer fills its state with before it has seen a gradient is one number.
+        # Before its first gradient an optimizer fills its state with a single number.
         trained = [m.ne(m[0]).any().to(guard.device) for m in moments if m.numel()]
         for piece in shard.slices if trained else ():
             if piece.layer in unseen:

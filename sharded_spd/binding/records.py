@@ -1,4 +1,4 @@
-"""What is known of a binding: each layer's rule and anchor, and this rank's shard of every anchor."""
+"""Records of a binding: each layer's rule and anchor, and this rank's shard of every anchor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LayerSettings:
 
     `weight_decay` and `max_pull` None: read from the live param group. `anchor_dtype` is for snapshots (None:
     the weight's own); `anchor_on_cpu` keeps the anchor in host memory, pinned where there is a GPU.
-    `fingerprint` is the one that all layers with this anchor and this setting ought to have together.
+    `fingerprint` is the expected one of all layers with this anchor and this setting together.
     """
 
     rule: Rule
@@ -43,9 +43,9 @@ Resolver = Callable[[ShardLayout, Mapping[str, Mapping[str, Any]], bool], Mappin
 
 @dataclass(slots=True)
 class HeldAnchor:
-    """This rank's shard of one anchor; `values` None stands for zero.
+    """This rank's shard of one anchor; `values` None means zero.
 
-    `pending`: not held yet, for the layer is at its anchor and either frozen or without a strength; its
+    `pending`: not held yet, since the layer is at its anchor and either frozen or without a strength; its
     weight will be taken, in `dtype`, if it still has this `fingerprint` (and squared norm).
     """
 
@@ -64,20 +64,20 @@ def has_strength(settings: LayerSettings, group: Mapping[str, Any]) -> bool:
 
 
 def rests(settings: LayerSettings, group: Mapping[str, Any]) -> bool:
-    """Whether nothing is asked of a layer's anchor now: without a strength, and no state to be kept."""
+    """Whether a layer's anchor is not needed now: it has no strength and keeps no state."""
     spec = settings.rule.spec
     return spec.anchored and not (spec.layer_state or spec.shard_state or has_strength(settings, group))
 
 
 @dataclass(slots=True)
 class Findings:
-    """What the layers that were bound for the first time showed, the same on all ranks but for `worst`.
+    """Findings about the layers bound for the first time, the same on all ranks except `worst`.
 
-    `stored`: their fingerprints before a change of dtype. `differs_from_weights`: those that a checkpoint
-    anchors elsewhere than at their weights. `lossy`: those whose values a change of dtype changed, on this
-    rank by `worst` at most. `pinned`: the layers' fingerprints, also of other ranks', by anchor and the
-    fingerprint it ought to have. `strays`: by the anchor's path, the tensors there that go on where the model
-    ends. `notes`: what is to be said once.
+    `stored`: their fingerprints before a change of dtype. `differs_from_weights`: layers that a checkpoint
+    anchors at other values than their weights. `lossy`: layers with values that a change of dtype changed, on
+    this rank by at most `worst`. `pinned`: by anchor and its expected fingerprint, the fingerprints of its
+    layers, including other ranks'. `strays`: by the anchor's path, its tensors of layers beyond the model's
+    last. `notes`: messages to warn about once.
     """
 
     stored: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -91,11 +91,11 @@ class Findings:
 
 @dataclass(slots=True)
 class Unverified:
-    """Layers still to be checked, the same on all ranks: fresh snapshots, and those not held yet.
+    """Layers not checked yet, the same on all ranks: `fresh` snapshots, and `pending` ones not held yet.
 
-    Those are frozen, or `resting`: without a strength when they were bound. `stepped` are the fresh ones that
-    have had a gradient since. `foreign`: whether state that the base optimizer has from elsewhere says that
-    the weights had been trained before they were bound.
+    Pending layers are frozen, or `resting`: without a strength when they were bound. `stepped` are the fresh
+    ones that have had a gradient since. `foreign`: whether base optimizer state from elsewhere proves that
+    the weights were trained before they were bound.
     """
 
     fresh: set[str] = field(default_factory=set)
@@ -105,15 +105,15 @@ class Unverified:
     foreign: bool = False
 
     def among(self, fqns: Iterable[str]) -> set[str]:
-        """Those of `fqns` that are still to be checked."""
+        """Those of `fqns` that are not checked yet."""
         return {fqn for fqn in fqns if fqn in self.fresh or fqn in self.pending}
 
 
 @dataclass(slots=True)
 class Binding:
-    """All layers' options and anchors; norms |w0| and fingerprints are whole, the same on all ranks.
+    """All layers' options and anchors; norms |w0| and fingerprints are of full layers, alike on all ranks.
 
-    `plain`: the kinds of device on which the ranks have different kernels, so that all take plain torch.
+    `plain`: device types on which ranks have different kernels, so that all use plain torch.
     """
 
     layout: ShardLayout
@@ -128,23 +128,23 @@ class Binding:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of all anchors, also of layers that only other ranks have."""
+        """The fingerprint of all anchors, including layers that only other ranks have."""
         return combine({**self.elsewhere, **self.fingerprints})
 
     @property
     def on_disk(self) -> set[str]:
-        """The layers whose anchor is read from disk in every step; the same on all ranks that have them."""
-        anchored = {fqn: own for fqn, own in self.options.items() if own.rule.spec.anchored}
-        return {fqn for fqn, own in anchored.items() if is_on_disk(own.anchor)}
+        """Layers with an anchor that every step reads from disk; the same on all ranks that have them."""
+        anchored = {fqn: layer for fqn, layer in self.options.items() if layer.rule.spec.anchored}
+        return {fqn for fqn, layer in anchored.items() if is_on_disk(layer.anchor)}
 
     @property
     def names(self) -> dict[str, str | None]:
-        """The tensor of its file that each layer is anchored at; None: the file lacks it."""
-        files = {fqn: own.anchor for fqn, own in self.options.items() if own.rule.spec.anchored}
+        """By layer, its anchor's tensor in the file; None: the file lacks it."""
+        files = {fqn: layer.anchor for fqn, layer in self.options.items() if layer.rule.spec.anchored}
         return {fqn: a.names.get(fqn) for fqn, a in files.items() if isinstance(a, NamedStore)}
 
     def check_files(self) -> None:
-        """Raises AnchorError where the file of an anchor on disk has changed since it was bound."""
+        """Raise AnchorError if the file of an on-disk anchor has changed since it was bound."""
         for fqn, held in self.held.items():
             changed = lost(held.values)
             if changed is not None:
@@ -153,8 +153,7 @@ class Binding:
     def take(self, piece: ShardSlice, weight: Tensor) -> tuple[Values | None, bool]:
         """The bound values of `piece`, and whether they are lost: its weights have changed since.
 
-        A pending anchor is taken now, when it is first asked for, from the weight; where that has changed
-        since, from its store.
+        A pending anchor is taken now, on first use, from the weight; if that has changed, from its store.
         """
         held = self.held[piece.layer]
         if held.pending:
@@ -176,12 +175,12 @@ class Binding:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """1-D view, or a copy where the memory is not laid out that way (channels_last)."""
+    """A 1-D view, or a copy if the memory layout does not allow one (channels_last)."""
     return tensor.detach().reshape(-1)
 
 
 def lost(values: Values | None) -> str | None:
-    """Why values on disk can be read no more, if so: reading them might even end the process."""
+    """Why values on disk can no longer be read, if so: reading them might even kill the process."""
     return values.changed() if isinstance(values, DiskValues) else None
 
 
@@ -201,7 +200,7 @@ def fetch(options: LayerSettings, piece: ShardSlice, weight: Tensor) -> Values |
 
 
 def place(values: Values, weight: Tensor, options: LayerSettings) -> Values:
-    """The values where their layer wants them: beside the weight, or in host memory; on disk they stay."""
+    """Move values to the weight's device, or to host memory; values on disk stay there."""
     if isinstance(values, DiskValues):
         values.check()
     if not isinstance(values, Tensor):
@@ -212,16 +211,16 @@ def place(values: Values, weight: Tensor, options: LayerSettings) -> Values:
 
 
 def cut(values: Values, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ...]) -> Values:
-    """What `piece` holds of values that were bound to another shard of the layer, e.g. the whole.
+    """The values of `piece`, cut from values bound to another shard of the layer, e.g. the full layer.
 
     Raises:
-        AnchorError: where the other shard was not the whole layer.
+        AnchorError: the other shard was not the full layer.
     """
     if (old.region, old.numel) == (piece.region, piece.numel):
         return values
     if values.numel() != prod(shape):
         raise AnchorError(
-            f"layer {piece.layer!r} was sharded anew after it had been bound to another shard "
+            f"layer {piece.layer!r} was resharded after it was bound to another shard "
             f"({old.region}, now {piece.region}); build the optimizer with anchor='deferred' and call "
             "bind() after sharding, or anchor at a checkpoint's path"
         )
@@ -229,5 +228,5 @@ def cut(values: Values, old: ShardSlice, piece: ShardSlice, shape: tuple[int, ..
 
 
 def same_piece(old: HeldAnchor, piece: ShardSlice) -> bool:
-    """Whether `old` was bound to just the elements of `piece`."""
+    """Whether `old` was bound to exactly the elements of `piece`."""
     return (old.piece.region, old.piece.numel) == (piece.region, piece.numel)

@@ -1,4 +1,4 @@
-"""What a user is warned about, once: settings that work but rarely mean what was wanted."""
+"""Warnings, each given once: settings that work but are rarely intended."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _LOG = logging.getLogger(__name__)
 
 
 def about_excess(pull: float) -> None:
-    """A pull beyond 1."""
+    """Warn about a pull above 1."""
     warnings.warn(
-        f"a layer was pulled by {pull:.3g} times its deviation: beyond 1 it overshoots its anchor; lower "
+        f"a layer was pulled by {pull:.3g} times its deviation: above 1 it overshoots its anchor; lower "
         "weight_decay, or set max_pull=1.0",
         stacklevel=2,
     )
 
 
 def about_telemetry(path: str | None, error: OSError) -> None:
-    """A line that could not be written."""
+    """Warn about a line that could not be written."""
     warnings.warn(
-        f"telemetry.path: {path} cannot be written ({error.strerror or error}): its lines are lost until it "
+        f"telemetry.path: {path} cannot be written ({error.strerror or error}): lines are lost until it "
         "can; training goes on",
         stacklevel=2,
     )
 
 
 def about_anchors(binding: Binding) -> None:
-    """Anchors that are not just the tensor of the layer's own name, of layers bound for the first time."""
-    found, binding.found.notes = binding.found.notes, []
-    for note in found:
+    """Report anchors that are not the tensor of the layer's own name, for layers bound for the first time."""
+    notes, binding.found.notes = binding.found.notes, []
+    for note in notes:
         warnings.warn(note, stacklevel=2)
     renamed = [f"{fqn} <- {key}" for fqn, key in binding.names.items() if key not in (None, fqn)]
     if renamed:
@@ -44,9 +44,9 @@ def about_anchors(binding: Binding) -> None:
 
 
 def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
-    """A run that does not begin at its anchor, said at its first step; `shards` are those that step.
+    """Warn, at the first step, about a run that does not start at its anchor; `shards` are those that step.
 
-    A base optimizer that has state was resumed, and then its weights may well have moved.
+    A base optimizer with state was resumed, so its weights may have moved: no warning.
     """
     moved = list(binding.found.differs_from_weights)
     binding.found.differs_from_weights.clear()
@@ -61,31 +61,31 @@ def about_start(binding: Binding, shards: Sequence[BoundShard]) -> None:
 
 
 def about_kernels(unlike: Mapping[str, Sequence[str]]) -> None:
-    """Ranks with different kernels, by kind of device: their replicas would drift apart in the last bits."""
+    """Warn about ranks with different kernels, by device type: replicas would drift apart bit by bit."""
     for device_type, names in unlike.items():
         warnings.warn(
             f"the ranks have different kernels for {device_type} tensors ({', '.join(names)}): all of them "
-            "take plain torch, which is slower; give every node the same C compiler or Triton, or set "
+            "use plain torch, which is slower; give every node the same C compiler or Triton, or set "
             "SHARDED_SPD_KERNELS=reference",
             stacklevel=2,
         )
 
 
 def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
-    """Lambda 0 everywhere, half-precision weights, a base that decays what a rule pulls."""
+    """Warn about lambda 0 everywhere, half-precision weights, and a base that decays what a rule pulls."""
     strengths, half, decayed = [], [], []
     for shard in shards:
         for piece in shard.slices:
-            own, group = binding.options[piece.layer], shard.param_group
-            strength = float(group["weight_decay"] if own.weight_decay is None else own.weight_decay)
-            alone = own.rule.spec.decays  # has no lambda: a base that decays is as it should be
-            if own.rule.spec.pulls:
+            layer, group = binding.options[piece.layer], shard.param_group
+            strength = float(group["weight_decay"] if layer.weight_decay is None else layer.weight_decay)
+            alone = layer.rule.spec.decays  # has no lambda: the base is meant to decay
+            if layer.rule.spec.pulls:
                 strengths.append(1.0 if alone else strength)
-            if not (own.rule.spec.pulls and own.rule.spec.anchored and (alone or strength > 0)):
+            if not (layer.rule.spec.pulls and layer.rule.spec.anchored and (alone or strength > 0)):
                 continue
             if shard.tensor.dtype in (torch.bfloat16, torch.float16):
                 half.append(piece.layer)
-            if not alone and own.weight_decay is not None and float(group.get("weight_decay") or 0.0) > 0:
+            if not alone and layer.weight_decay is not None and float(group.get("weight_decay") or 0.0) > 0:
                 decayed.append(piece.layer)
     if strengths and not any(strengths):
         warnings.warn(
@@ -101,7 +101,7 @@ def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
         )
     if half:
         warnings.warn(
-            f"{len(half)} layer(s) are in half precision without float32 masters ({half[0]!r} for one): "
+            f"{len(half)} layer(s) are in half precision without float32 masters (e.g. {half[0]!r}): "
             "pulls below one unit in the last place vanish; keep float32 parameters and use mixed "
             "precision for compute",
             stacklevel=2,
@@ -109,7 +109,7 @@ def about_binding(binding: Binding, shards: Sequence[BoundShard]) -> None:
     if decayed:
         warnings.warn(
             f"the base optimizer decays {len(decayed)} layer(s) toward zero that a rule pulls toward the "
-            f"anchor ({decayed[0]!r} for one): set the base's weight_decay to 0 there; lambda is "
+            f"anchor (e.g. {decayed[0]!r}): set the base's weight_decay to 0 there; lambda is "
             "SPDConfig.weight_decay",
             stacklevel=2,
         )

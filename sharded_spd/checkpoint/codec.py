@@ -27,17 +27,17 @@ def split(state: Any, name: str = "") -> tuple[Tensors, Any]:
     """The tensors of `state` by their path, and the rest as JSON that refers to them.
 
     Raises:
-        CheckpointError: for a value that JSON cannot hold; it is named by its path.
+        CheckpointError: JSON cannot hold a value; names its path.
     """
     tensors: Tensors = {}
     return tensors, _encode(state, name, tensors)
 
 
 def join(value: Any, tensors: Mapping[str, Any]) -> Any:
-    """The state that `split` took apart.
+    """The inverse of `split`.
 
     Raises:
-        CheckpointError: where `value` is not what `split` makes, or refers to a tensor that is not there.
+        CheckpointError: `value` is not a result of `split`, or refers to a missing tensor.
     """
     if isinstance(value, list):
         return [join(x, tensors) for x in value]
@@ -63,7 +63,7 @@ def tensor_names(value: Any) -> list[str]:
 
 
 def key_of(encoded: str) -> str:
-    """The key that stands as `encoded` in an encoded mapping."""
+    """The original of a key `encoded` in an encoded mapping."""
     return encoded[1:] if encoded.startswith("$") else encoded
 
 
@@ -74,7 +74,7 @@ def _is_tag(key: str) -> bool:
 def merge(own: Any, saved: Any) -> Any:
     """The entries of `own`, an encoded state, with the values of `saved` where it has them.
 
-    Ranks may have entries that others have not (experts), and only one rank's values are saved.
+    Ranks may have entries that others lack (experts), and only one rank's values are saved.
     """
     if isinstance(own, dict) and isinstance(saved, dict) and not any(map(_is_tag, own)):
         return {key: merge(x, saved[key]) if key in saved else x for key, x in own.items()}

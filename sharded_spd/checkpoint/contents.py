@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, on this rank alone: no function here calls a collective."""
+"""The contents of a run's checkpoint, on this rank alone: no function here calls a collective."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sharded_spd.projection.projector import Projector
 
 
 def live_of(model: Module, optimizer: Any, projector: Projector | None, scheduler: Any, ranks: Ranks) -> Live:
-    """What is saved or loaded, with the projector of an AdamSPD that was given.
+    """The objects to save or load, including the projector of a given AdamSPD.
 
     Raises:
-        UnsupportedError: for what keeps its state in a form of its own.
+        UnsupportedError: an object keeps its state in a format of its own.
     """
     optimizers = () if is_of_deepspeed(model) else as_optimizers(optimizer)
     for candidate in (model, *optimizers):
@@ -33,17 +33,17 @@ def live_of(model: Module, optimizer: Any, projector: Projector | None, schedule
                 f"{type(candidate).__name__} keeps its state in a form of its own, which "
                 "torch.distributed.checkpoint does not know; save what its own state_dict gives"
             )
-    own = [found for o in optimizers if isinstance(found := getattr(o, "projector", None), Projector)]
-    if projector is None and len(own) == 1:
-        projector = own[0]
+    projectors = [p for o in optimizers if isinstance(p := getattr(o, "projector", None), Projector)]
+    if projector is None and len(projectors) == 1:
+        projector = projectors[0]
     return Live(model, optimizers, projector, scheduler, ranks)
 
 
 def encoded(live: Live, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of `values`, and the rest as JSON, with what each rank adds on its own.
+    """The tensors of `values`, and the rest as JSON, with this rank's additions.
 
     Raises:
-        CheckpointError: for a value that cannot be stored.
+        CheckpointError: a value cannot be stored.
     """
     if live.scheduler is not None:
         values["scheduler"] = live.scheduler.state_dict()
@@ -55,13 +55,13 @@ def encoded(live: Live, values: dict[str, Any]) -> tuple[dict[str, Any], dict[st
 
 
 def described(live: Live, folder: Path) -> tuple[Any, Any, str]:
-    """What the folder holds, once it is known to be of such a run, and a digest of what describes it.
+    """The folder's metadata and values, checked to be of such a run, and a digest of its metadata file.
 
     Raises:
         CheckpointError: damaged, or of another kind of run.
         AnchorError: written with another anchor.
     """
-    if is_of_deepspeed(live.model):  # it reads files of which only the marker tells
+    if is_of_deepspeed(live.model):  # it reads files that only the marker lists
         check_complete(folder)
     metadata, values = read_metadata(folder)
     live.check_anchors(values.get("anchors"))
@@ -85,10 +85,10 @@ def _check_parts(values: Any, live: Live, folder: Path) -> None:
 def check_contents(
     own: Mapping[str, Any], parts: Mapping[str, Any], metadata: Any, values: Any, folder: Path
 ) -> None:
-    """Whether a checkpoint's tensors and values are those of this run, `own` and `parts`.
+    """Check that a checkpoint's tensors and values fit those of this run, `own` and `parts`.
 
     Raises:
-        CheckpointError: it lists what does not fit.
+        CheckpointError: lists all mismatches.
     """
     stepped: list[str] = []
     if "optimizer" in parts:
@@ -96,7 +96,7 @@ def check_contents(
         check_groups(groups, values["optimizer"].get("param_groups"), folder)
         stepped = [fqn for group in groups for fqn in group["params"]]
     check_fits(own, stepped, metadata, folder)
-    # Fingerprints of anchors stand by layer as they are, and a layer may have any name.
+    # Anchors' fingerprints are not encoded; they are keyed by layer, and a layer may have any name.
     others = {key: value for key, value in values.items() if key != "anchors"}
     lost = [name for name in tensor_names(others) if name not in metadata.state_dict_metadata]
     if lost:

@@ -1,4 +1,4 @@
-"""A sharded model as a Hugging Face safetensors directory; no rank ever holds more than one whole tensor."""
+"""Exports a sharded model as a Hugging Face safetensors directory; no rank holds over one full tensor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sharded_spd.safetensors_io.writer import Entry, TensorFile
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A tensor of the model, and how to have it whole: on the first rank at least, by all ranks together."""
+    """A tensor of the model, and how to gather it: at least on the first rank, by all ranks together."""
 
     entry: Entry
     gather: Callable[[], Tensor]
@@ -145,7 +145,7 @@ def _in_files(tensors: Sequence[Whole], names: Mapping[str, str]) -> dict[str, s
 
 
 class _FirstRank:
-    """What only the first rank does, and nothing more after a failure: it still gathers with the others.
+    """Actions of the first rank only, and none after a failure: it still gathers with the others.
 
     So does any other rank, whose failure to gather is kept until `tell`.
     """
@@ -190,7 +190,7 @@ def _prepare(part: Path, directory: Path, *, replace: bool) -> None:
     if directory.exists() and any(directory.iterdir()) and not replace:
         raise FileExistsError(17, "holds something already", str(directory))
     part.mkdir(parents=True)
-    # What exports that were killed have left; one of another call into the same directory fails.
+    # Leftovers of killed exports; a concurrent export into the same directory fails.
     old = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]{{8}})?\.part")
     for left in part.parent.iterdir():
         if left != part and old.fullmatch(left.name):
@@ -200,7 +200,7 @@ def _prepare(part: Path, directory: Path, *, replace: bool) -> None:
 def _put(part: Path, directory: Path, *, replace: bool) -> None:
     if replace and directory.exists():
         shutil.rmtree(directory)
-    os.rename(part, directory)  # over an empty one; where another export was faster it fails
+    os.rename(part, directory)  # replaces an empty one; fails if another export was faster
 
 
 def wholes(model: Module, *, ranks: Ranks | None = None) -> list[Whole]:
@@ -226,7 +226,7 @@ def wholes(model: Module, *, ranks: Ranks | None = None) -> list[Whole]:
             memory = (local.data_ptr(), tensor.size(), local.stride(), local.dtype)
             if seen.setdefault(memory, name) != name:
                 repeated[name] = None
-    # A rank that holds nothing of a tensor cannot tell.
+    # A rank that holds nothing of a tensor cannot know.
     names = ranks.union(repeated)
     described = [(n, t.dtype, tuple(t.size())) for n, t in state.items() if hasattr(t, "dtype")]
     ranks.compare(tensors=described)
@@ -238,7 +238,7 @@ def wholes(model: Module, *, ranks: Ranks | None = None) -> list[Whole]:
 
 
 def at_hand(name: str, tensor: Tensor) -> Whole:
-    """A tensor that is whole already."""
+    """A tensor that is not sharded."""
     return Whole(Entry(name, tensor.dtype, tuple(tensor.shape)), partial(_gather, tensor))
 
 
@@ -254,13 +254,13 @@ def _local(tensor: Any) -> Tensor | None:
 @torch.no_grad()
 def _gather(tensor: Any) -> Tensor:
     if isinstance(tensor, DTensor):
-        # What is offloaded is gathered where its ranks can talk.
+        # Offloaded tensors are gathered on the device that the group works on.
         there: Any = tensor.to(tensor.device_mesh.device_type)
         whole: Tensor = there.full_tensor()
         return whole
     if not isinstance(tensor, ShardedTensor):
         return torch.as_tensor(tensor)
-    # FSDP1 cuts along the first dim, so that the shards follow one another in the flattened tensor.
+    # FSDP1 shards along the first dim, so the shards are consecutive in the flattened tensor.
     parts: list[Any] = sorted(tensor.metadata().shards_metadata, key=lambda part: part.shard_offsets)
     sizes = {part.placement.rank(): math.prod(part.shard_sizes) for part in parts}
     local = _local(tensor)

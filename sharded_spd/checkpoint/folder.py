@@ -1,7 +1,7 @@
-"""Checkpoint folders: written beside under another name, marked complete, renamed, found, dropped.
+"""Checkpoint folders: written under a temporary name, marked complete, renamed, found, deleted.
 
 A folder `step-N` is a checkpoint only with its marker, which lists every file with its size and is written
-last. So a save that was killed at any moment leaves the folders before it as they were.
+last. So a save that is killed at any moment leaves the earlier folders unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Found:
 
 
 def folder_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The path of a step's checkpoint."""
     return directory / f"step-{step:08d}"
 
 
@@ -46,7 +46,7 @@ def start_folder(final: Path) -> Path:
 
 
 def finish_folder(part: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Mark `part` complete and put it in the place of `final`, once all that it holds is on the disk."""
+    """Flush `part` to the disk, mark it complete, and move it to `final`."""
     files = {str(path.relative_to(part)): path for path in sorted(part.rglob("*")) if path.is_file()}
     for path in files.values():
         _sync(path)
@@ -65,7 +65,7 @@ def finish_folder(part: Path, final: Path, facts: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is on the disk when this returns."""
+    """Write a JSON file and flush it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, allow_nan=False)
         file.flush()
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: there is no such file, or it is something else.
+        CheckpointError: there is no such file, or it holds no JSON object.
     """
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
@@ -118,7 +118,7 @@ def check_complete(folder: Path) -> dict[str, Any]:
 def steps_in(directory: Path) -> list[tuple[int, Path]]:
     """All folders that are named like checkpoints, newest first.
 
-    One that was being replaced by another of its step when the save was killed comes after that one.
+    A folder that a killed save was about to replace comes after the new one of the same step.
     """
     if not directory.is_dir():
         return []
@@ -143,20 +143,20 @@ def find_latest(directory: Path, check: Callable[[Path], object] = check_complet
 
 
 def prune(new: Path, step: int, keep: int) -> None:
-    """Drop all complete checkpoints beside `new`, just saved, but the newest, and what saves have left.
+    """Delete all but the newest complete checkpoints beside `new`, just saved, and leftovers of saves.
 
-    `keep` stay in all: `new`, whatever its step, and the newest others. What is newer than it and incomplete
-    stays, too. A marker goes first, so that a folder that is half gone is not taken for a checkpoint. A link
-    is taken away, what it leads to is not.
+    `keep` remain in total: `new`, whatever its step, and the newest others. Incomplete folders newer than it
+    remain, too. The marker is deleted first, so that a half-deleted folder is not taken for a checkpoint. A
+    symlink is removed, its target is not.
     """
     kept = {new}
     for other, path in steps_in(new.parent):
         if path in kept:
             continue
-        whole = _is_complete(path)
-        if whole and len(kept) < keep and not path.name.startswith("."):
+        complete = _is_complete(path)
+        if complete and len(kept) < keep and not path.name.startswith("."):
             kept.add(path)
-        elif whole or other < step or path.name.startswith("."):
+        elif complete or other < step or path.name.startswith("."):
             _drop(path)
     for path in new.parent.iterdir():
         if (match := _PART.fullmatch(path.name)) and int(match.group(1)) <= step:

@@ -1,4 +1,4 @@
-"""The live objects of a training run as one state, and back: through torch's sharded state dicts, by FQN."""
+"""A training run's live objects to one state and back: through torch's sharded state dicts, by FQN."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STATE = "optimizer/state/"
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What a checkpoint is taken of, or loaded into."""
+    """The objects that a checkpoint is saved from, or loaded into."""
 
     model: Module
     optimizers: tuple[Optimizer, ...]
@@ -51,23 +51,23 @@ class Live:
 
     @property
     def parts(self) -> str:
-        """What there is to save or load, in words; the same on all ranks."""
+        """A description of the objects to save or load; the same on all ranks."""
         kind = "a DeepSpeed engine" if is_of_deepspeed(self.model) else "a model"
         has = [f"{len(self.optimizers)} optimizer(s)"]
         has += ["a projector"] * (self.projector is not None) + ["a scheduler"] * (self.scheduler is not None)
         return ", ".join([kind, *has])
 
     def state(self) -> dict[str, Any]:
-        """Model, optimizers and projector as they are, each rank its shards. Collective."""
+        """The current state of model, optimizers and projector, as this rank's shards. Collective."""
         with quiet(), _left_alone(self.optimizers):
             return self._state()
 
     @contextmanager
     def template(self, have: Set[str]) -> Iterator[dict[str, Any]]:
-        """A state to read into; of the optimizers' only that of the parameters `have`. Collective.
+        """A state to read into; for optimizers, only the state of the parameters `have`. Collective.
 
-        Inside, gradients are put away, and what had state when it was saved may have it now, frozen or not.
-        Where the block fails, the optimizers are what they were.
+        Inside, gradients are removed, and parameters that were saved with state may have it, frozen or not.
+        If the block fails, the optimizers are restored.
         """
         with quiet(), _emptied(self.optimizers, [p for n, p in self._named() if _has(have, n)]):
             state = self._state()
@@ -89,7 +89,7 @@ class Live:
         return state
 
     def restore(self, state: Mapping[str, Any], failed: str) -> None:
-        """Put such a state back; `failed` begins what is said where it does not fit. Collective."""
+        """Load such a state; `failed` is the beginning of the message if it does not fit. Collective."""
         agree, projector = self.ranks.agree, self.projector
         with quiet():
             agree(lambda: set_model_state_dict(self.model, state["model"]), failed)
@@ -105,7 +105,7 @@ class Live:
         self._keep_dtypes(state["state"])
 
     def _keep_dtypes(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Optimizers cast what they load to the parameter's dtype, also what they keep in float32."""
+        """Restore dtypes: optimizers cast all loaded state to the parameter's dtype, even float32 state."""
         names = {param: name for name, param in self._named()}
         for optimizer in self.optimizers:
             for param, own in optimizer.state.items():
@@ -125,10 +125,10 @@ class Live:
         return {fqn: in_words(prints) for fqn, prints in self.projector.fingerprints.items()}
 
     def check_anchors(self, saved: Any) -> None:
-        """Compare the anchors of this run with those that a checkpoint was written with.
+        """Compare this run's anchors with those in a checkpoint.
 
         Raises:
-            AnchorError: some differ; it names them.
+            AnchorError: some differ; names them.
         """
         own = self.anchors()
         if not isinstance(saved, Mapping) or not saved or not own:
@@ -148,33 +148,33 @@ class Live:
 
 
 def _shown(words: Any) -> str:
-    """A layer's fingerprint in a message; what a damaged checkpoint has there may be of any kind."""
+    """A layer's fingerprint in a message; in a damaged checkpoint it may be of any type."""
     if words is None:
         return "none"
     return "".join(map(str, words)) if isinstance(words, Sequence) else str(words)
 
 
 def states_in(stored: Metadata, values: Mapping[str, Any]) -> set[str]:
-    """The parameters of which a checkpoint has optimizer state, by FQN."""
+    """The FQNs of the parameters with optimizer state in a checkpoint."""
     states = values["optimizer"].get("state") if "optimizer" in values else None
     known = {key_of(key) for key in states} if isinstance(states, dict) else set()
     found = set(known)
     for name in stored.state_dict_metadata:
         if name.startswith(STATE):
             parts = name.removeprefix(STATE).split("/")
-            # Other ranks' alone (experts) stand in no value, and names of layers may have slashes, too.
+            # Parameters of other ranks only (experts) are in no value, and layer names may contain slashes.
             possible = {"/".join(parts[:n]) for n in range(1, len(parts))}
             found |= possible if known.isdisjoint(possible) else set()
     return found
 
 
 def check_fits(wanted: Mapping[str, Any], stepped: Iterable[str], stored: Metadata, where: object) -> None:
-    """Whether a checkpoint has every tensor that is to be loaded, and no other of what is.
+    """Check that a checkpoint has every tensor to be loaded, and no other of the same model and parameters.
 
     `stepped`: the optimizer's parameters by FQN.
 
     Raises:
-        CheckpointError: it lists what does not fit.
+        CheckpointError: lists all mismatches.
     """
     found: Mapping[str, Any] = stored.state_dict_metadata
     problems = [f"{name}: missing" for name in wanted if name not in found]
@@ -198,10 +198,10 @@ def check_fits(wanted: Mapping[str, Any], stepped: Iterable[str], stored: Metada
 
 
 def check_groups(own: Sequence[Any], saved: Any, where: object) -> None:
-    """Whether the optimizer's param groups are those that were saved, in whatever order.
+    """Check that the optimizer's param groups are the saved ones, in any order.
 
     Raises:
-        CheckpointError: other parameters stand together, or the strengths mean another thing.
+        CheckpointError: parameters are grouped differently, or weight_decay has another meaning.
     """
     try:
         theirs = [frozenset(group["params"]) for group in saved]
@@ -231,7 +231,7 @@ def check_groups(own: Sequence[Any], saved: Any, where: object) -> None:
 
 
 def _alike(own: Any, saved: Any) -> bool:
-    """Whether an encoded setting may stand in the place of another: a number of a number, and so on."""
+    """Whether an encoded setting may replace another: a number a number, and so on."""
     if isinstance(own, bool):
         return saved is None or isinstance(saved, bool)
     if isinstance(own, (int, float)):
@@ -246,7 +246,7 @@ def _alike(own: Any, saved: Any) -> bool:
 
 
 def merge_groups(own: Sequence[Any], saved: Sequence[Any]) -> list[Any]:
-    """The optimizer's encoded param groups with the saved values, and what else the saved ones hold."""
+    """The optimizer's encoded param groups with the saved values, and the further keys of the saved ones."""
     merged = []
     for group in own:
         params = set(group["params"])
@@ -257,7 +257,7 @@ def merge_groups(own: Sequence[Any], saved: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def _left_alone(optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Keep torch from making an optimizer without state one by a step: it does not where a gradient is."""
+    """Keep torch from stepping an optimizer to create its state: it does not if there is a gradient."""
     lent: list[Tensor] = []
     for optimizer in optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -302,7 +302,7 @@ def _emptied(optimizers: Sequence[Optimizer], thawed: Sequence[Tensor]) -> Itera
 
 
 def _has(states: Set[str], name: str) -> bool:
-    """FSDP1's flat parameters have names of their own: they may hold any."""
+    """Whether a parameter may have state: FSDP1's flat parameters have other names and may hold any."""
     return name in states or "_flat_param" in name
 
 
@@ -315,7 +315,7 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's notices about what it does itself: FSDP1's state dicts, a save without ranks."""
+    """Suppress torch's warnings about its own code: FSDP1's state dicts, a save without ranks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

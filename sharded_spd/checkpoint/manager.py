@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: saved whole or not at all, resumed on any number of ranks."""
+"""Checkpoints of a training run: saved completely or not at all, resumed on any number of ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where a run goes on: the step that was saved, its folder, and what was saved as `extra`."""
+    """Where a run resumes: the saved step, its folder, and the saved `extra`."""
 
     step: int
     path: Path
@@ -48,16 +48,16 @@ class Resumed:
 class Checkpoints:
     """Saves and loads a run's model, optimizer, projector, scheduler, random numbers and position.
 
-    A folder `step-N` appears in `directory` only when every rank has written its part and the marker is in
-    it: whenever a save is killed, the checkpoints before it are there. Tensors lie in safetensors files, the
-    rest in JSON; nothing is pickled (DeepSpeed's own files, for its engines, are). Making one and every
-    method are collective. `directory` must be the same storage for all ranks. What fails on one rank, and
-    arguments that differ by rank, raise on all of them.
+    A folder `step-N` appears in `directory` only after every rank has written its shards and the marker: if a
+    save is killed at any moment, the earlier checkpoints remain. Tensors are in safetensors files, the rest
+    in JSON; nothing is pickled (except DeepSpeed's own files, for its engines). The constructor and all
+    methods are collective. `directory` must be the same storage for all ranks. A failure on one rank, and
+    arguments that differ between ranks, raise on all of them.
 
     Args:
         directory: where the folders go.
-        keep_last: how many complete ones stay; None: all.
-        asynchronous: copy to host memory, go on training, and write in the background.
+        keep_last: how many complete ones to keep; None: all.
+        asynchronous: copy to host memory, continue training, and write in the background.
         group: the ranks that save together; None: all.
     """
 
@@ -79,7 +79,7 @@ class Checkpoints:
             if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
                 raise CheckpointError(f"keep_last: got {keep_last!r}; wanted 1 or more, or None to keep all")
             if asynchronous and group not in (None, dist.group.WORLD):
-                # torch names a group that a part makes by how many groups each rank has, which may differ.
+                # torch names a subset's new group by the number of groups on each rank, which may differ.
                 raise UnsupportedError("asynchronous: wanted the group of all ranks, got a part of them")
             if self._group is not None and not isinstance(self._group, dist.ProcessGroup):
                 raise CheckpointError(
@@ -106,16 +106,16 @@ class Checkpoints:
         scheduler: Any = None,
         extra: Any = None,
     ) -> Path:
-        """Save the run as it is after `step`; where it will be is returned.
+        """Save the run as it is after `step`; returns the path that the checkpoint will have.
 
         `model` may be a DeepSpeed engine, which brings its optimizer and scheduler. `extra`: numbers,
         strings, lists, dicts and tensors, the same on every rank: the data loader's position, say.
 
         Raises:
-            CheckpointError: on every rank, where one could not write or give its state, or was called with
-                something else; the checkpoints before are untouched. With `asynchronous` the next call or
-                `wait` raises what failed in the background.
-            UnsupportedError: for what keeps its state in a form of its own; on every rank.
+            CheckpointError: on every rank, if one could not write or return its state, or got other
+                arguments; earlier checkpoints are untouched. With `asynchronous`, the next call or `wait`
+                raises a failure in the background.
+            UnsupportedError: an object keeps its state in a format of its own; on every rank.
         """
         self.wait()
         self._check_ranks()
@@ -160,7 +160,7 @@ class Checkpoints:
         return final
 
     def _start(self, tensors: dict[str, Any], writer: Writer) -> Future[Any]:
-        """Copy, and write in a thread, which begins only once every rank has one."""
+        """Copy, and write in a thread, which begins only once every rank has its thread."""
         if self._group is not None and self._behind is None:
             # The saving thread's collectives must not mix with those of the training.
             self._behind = dist.new_group(backend="gloo")
@@ -189,7 +189,7 @@ class Checkpoints:
         """Wait for a save in the background.
 
         Raises:
-            CheckpointError: on every rank, where it failed.
+            CheckpointError: it failed; on every rank.
         """
         if self._running is not None:
             (future, writer), self._running = self._running, None
@@ -212,7 +212,7 @@ class Checkpoints:
             raise
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; a newer one that is not complete is named in a log line."""
+        """The newest complete checkpoint; logs a newer one that is incomplete."""
         self._ranks.compare(operation="latest")
         return self._latest()
 
@@ -234,16 +234,16 @@ class Checkpoints:
         scheduler: Any = None,
         path: str | os.PathLike[str] = "auto",
     ) -> Resumed | None:
-        """Load the newest complete checkpoint, or that at `path`; None where "auto" finds none.
+        """Load the newest complete checkpoint, or that at `path`; None if "auto" finds none.
 
-        The model, the optimizer and the anchors must be set up as they were, on any number of ranks and under
+        The model, the optimizer and the anchors must be set up as before, on any number of ranks and under
         any engine of the same kind of checkpoint (DeepSpeed has its own). At the same number of ranks the run
-        goes on bit for bit. Ranks beyond those of the run that saved keep their random numbers.
+        resumes bit for bit. Ranks beyond those of the saved run keep their random state.
 
         Raises:
             CheckpointError: damaged, or of another model; on every rank, before anything is loaded.
-            AnchorError: written with another anchor, it names the layers; on every rank, before that, too.
-            UnsupportedError: for what keeps its state in a form of its own; on every rank.
+            AnchorError: written with another anchor, names the layers; on every rank, also before loading.
+            UnsupportedError: an object keeps its state in a format of its own; on every rank.
         """
         self.wait()
         self._check_ranks()
@@ -282,7 +282,7 @@ class Checkpoints:
     def _read(
         self, template: dict[str, Any], metadata: Any, values: Any, live: Live, folder: Path
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What is saved in the places of `template`, with scheduler and `extra`; the random numbers."""
+        """The saved values for `template`, with scheduler and `extra`; and the random state."""
         prefix = f"{RNG}/{live.rank}/"
 
         def line_up() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -301,7 +301,7 @@ class Checkpoints:
             return own, parts
 
         def read() -> Any:
-            # torch's default fails where a rank has no row of an FSDP1 tensor.
+            # torch's default fails if a rank has no row of an FSDP1 tensor.
             planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
             try:
                 with quiet():
@@ -316,7 +316,7 @@ class Checkpoints:
         return state, drawn
 
     def _warn_of_newer(self, folder: Path, step: int) -> None:
-        """On the first rank; a directory that cannot be read has nothing newer."""
+        """Warn on the first rank; ignores a directory that cannot be read."""
         if not self._ranks.first:
             return
         with suppress(OSError):

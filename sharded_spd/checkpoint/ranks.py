@@ -1,4 +1,4 @@
-"""The ranks that save, load or export together: what only one of them sees is raised on all of them."""
+"""The ranks that save, load or export together: an error that only one of them sees is raised on all."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _NOTHING = ("", "nothing")
 
 
 class Ranks:
-    """Process groups whose ranks run one operation together; none: this process alone.
+    """Process groups of ranks that run one operation together; none: this process alone.
 
-    The operation is cut into phases that are each run by `agree`: a rank that fails alone in one of them
-    leaves no other rank waiting in the collectives of the next.
+    The operation is split into phases, each run by `agree`: a rank that fails in one of them leaves no other
+    rank waiting in the collectives of the next.
     """
 
     def __init__(self, groups: Sequence[ProcessGroup]) -> None:
@@ -45,10 +45,10 @@ class Ranks:
         return all(group.rank() == 0 for group in self.groups)
 
     def agree(self, action: Callable[[], T], what: str) -> T:
-        """What `action`, which does `what`, gives; where it raised on one rank, all raise.
+        """The result of `action`, described by `what`; if it raises on one rank, all raise.
 
         A collective in it must fail on all ranks or on none. Foreign errors become CheckpointErrors, so that
-        the kind is the same on all ranks.
+        all ranks raise the same type.
         """
 
         def in_kind() -> T:
@@ -66,20 +66,20 @@ class Ranks:
         return {name for (name,) in flood([(name,) for name in own], self.groups)}
 
     def compare(self, **facts: object) -> None:
-        """Raise on every rank where one of `facts` is not the same on all of them.
+        """Raise on every rank if one of `facts` differs between ranks.
 
         Raises:
-            CheckpointError: it names the fact, and two ranks with what they have.
+            CheckpointError: names the fact, and two ranks with their values.
         """
         rank = dist.get_rank() if dist.is_initialized() else 0
         entries = flood([(rank, name, *_digest(value)) for name, value in facts.items()], self.groups)
-        found: dict[int, dict[str, tuple[str, str]]] = {}
+        by_rank: dict[int, dict[str, tuple[str, str]]] = {}
         for other, name, digest, text in entries:
-            found.setdefault(other, {})[name] = (digest, text)
-        agree(partial(_raise_difference, found, list(facts)), self.groups)
+            by_rank.setdefault(other, {})[name] = (digest, text)
+        agree(partial(_raise_difference, by_rank, list(facts)), self.groups)
 
     def shared(self, action: Callable[[], T], what: str) -> T:
-        """What `action`, which does `what`, gives on the first rank, on all of them."""
+        """Run `action`, described by `what`, on the first rank; returns its result on all ranks."""
         box: list[Any] = [self.agree(lambda: action() if self.first else None, what)]
         for group in self.groups:
             dist.broadcast_object_list(box, group=group, group_src=0)
@@ -87,15 +87,15 @@ class Ranks:
 
 
 def everyone() -> list[ProcessGroup]:
-    """The group of all ranks of the job; none where this process is alone."""
+    """The group of all ranks of the job; none if this process is alone."""
     return [dist.group.WORLD] if dist.is_initialized() and dist.group.WORLD is not None else []
 
 
 def groups_of(model: Module) -> list[ProcessGroup]:
-    """The groups that a model's own parameters and wrappers tell of, each set of ranks once.
+    """The groups of a model's own parameters and wrappers, each set of ranks once.
 
-    Those of the meshes of DTensors (FSDP2, tensor parallelism), of FSDP1's units and of DDP. Empty where
-    nothing tells: plain parameters.
+    These are the groups of DTensor meshes (FSDP2, tensor parallelism), of FSDP1's units and of DDP; none for
+    plain parameters.
     """
     return list({tuple(dist.get_process_group_ranks(g)): g for g in _groups_in(model)}.values())
 

@@ -15,7 +15,7 @@ from sharded_spd.errors import CheckpointError
 
 
 def rng_state() -> dict[str, Tensor]:
-    """What torch (CPU and the current GPU), Python and, where it is loaded, NumPy would draw next."""
+    """The random state of torch (CPU and the current GPU), Python and, if loaded, NumPy."""
     version, numbers, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
@@ -33,7 +33,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Draw on from where `rng_state` stood; what it did not know of is left alone.
+    """Restore a result of `rng_state`; generators that it lacks are left alone.
 
     Raises:
         CheckpointError: for a state that no generator takes.

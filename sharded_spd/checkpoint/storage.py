@@ -46,7 +46,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 class Writer(StorageWriter):
-    """Writes one checkpoint folder: each rank its file, the coordinator the rest, and the new name at last.
+    """Writes one checkpoint folder: each rank its file, the coordinator the rest; finally renames it.
 
     `values` is what the folder holds beside the tensors, `facts` what its marker says, `keep` how many
     checkpoints stay (None: all), `part` the folder to write into where it was made already. Only the
@@ -70,7 +70,7 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the folder, on the coordinator, and tell every rank of it."""
+        """Make the folder, on the coordinator, and send its path to every rank."""
         self._part = self._part or start_folder(self._final)
         return [replace(plan, storage_data=(str(self._part), rank)) for rank, plan in enumerate(plans)]
 
@@ -84,7 +84,7 @@ class Writer(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write what is no tensor, mark the folder complete, and give it its name; on the coordinator."""
+        """Write all but the tensors, mark the folder complete, and rename it; on the coordinator."""
         part = self._part or start_folder(self._final)
         places = {result.index: result.storage_data for own in results for result in own}
         tensors = {}
@@ -108,7 +108,7 @@ class Writer(StorageWriter):
             prune(self._final, self._facts["step"], self._keep)
 
     def clean_up(self) -> None:
-        """Remove what a failed save has written."""
+        """Remove the files of a failed save."""
         if self._part is not None:
             shutil.rmtree(self._part, ignore_errors=True)
 
@@ -119,26 +119,26 @@ class Writer(StorageWriter):
 
 
 class StagedPlanner(DefaultSavePlanner):
-    """Saves the tensors as they were when it was made, from copies on the host.
+    """Saves the tensors as of its construction, from copies on the host.
 
     torch's own staging knows no ShardedTensor, which FSDP1 has.
     """
 
     def __init__(self, tensors: dict[str, Any]) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
-        self.set_up_planner(tensors, is_coordinator=True)  # with what is the same on all ranks
+        self.set_up_planner(tensors, is_coordinator=True)  # with arguments that are the same on all ranks
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
         for item in create_default_local_save_plan(self.state_dict, True).items:
             tensor = self.lookup_object(item.index).detach()
             self._copies[item.index] = torch.empty_like(tensor, device="cpu").copy_(tensor)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The copy; let go once it is written."""
+        """The copy; released once it is written."""
         return self._copies.pop(write_item.index)
 
 
 class Reader(StorageReader):
-    """Reads the tensors of a checkpoint folder; of other ranks' files only the parts that are wanted."""
+    """Reads the tensors of a checkpoint folder; from other ranks' files, only the slices needed."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self._folder, self._metadata = folder, metadata
@@ -147,7 +147,7 @@ class Reader(StorageReader):
         """Nothing is carried over from one load to the next."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What `read_metadata` found."""
+        """The result of `read_metadata`."""
         return self._metadata
 
     def set_up_storage_reader(
@@ -164,7 +164,7 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for into the planner's tensors."""
+        """Read the plan's items into the planner's tensors."""
         by_file = defaultdict(list)
         for item in plan.items:
             file, name = self._metadata.storage_data[item.storage_index]
@@ -189,7 +189,7 @@ class Reader(StorageReader):
 
 
 def read_metadata(folder: Path) -> tuple[Metadata, Any]:
-    """What a checkpoint folder holds: its tensors, for `Reader`, and the values beside them.
+    """The contents of a checkpoint folder: its tensors, for `Reader`, and the values beside them.
 
     Raises:
         CheckpointError: for what `Writer` would not have written; no file outside of the folder is named.
@@ -224,7 +224,7 @@ def read_metadata(folder: Path) -> tuple[Metadata, Any]:
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """The marker of a complete checkpoint whose files hold what its metadata says, as far as headers tell.
+    """The marker of a complete checkpoint, with files checked against its metadata by their headers.
 
     Raises:
         CheckpointError: it is not complete, or damaged.

@@ -75,7 +75,7 @@ _StrictLoader.add_implicit_resolver(
 
 
 def shown(value: object) -> str:
-    """A value as messages have it."""
+    """A value as shown in messages."""
     return f"{value!r:.100} ({type(value).__name__})"
 
 

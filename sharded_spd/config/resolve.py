@@ -23,7 +23,7 @@ from sharded_spd.sharding.layout import ShardLayout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerOptions:
-    """What holds for one layer; nothing is left to inherit. `max_pull` None: no limit."""
+    """The resolved settings of one layer; nothing is inherited any more. `max_pull` None: no limit."""
 
     rule: str | Rule
     rule_options: Mapping[str, Any]
@@ -57,7 +57,7 @@ def resolve_layers(fqns: Sequence[str], config: SPDConfig) -> dict[str, LayerOpt
 
 
 def _merge(layer: LayerConfig | None, config: SPDConfig) -> LayerOptions:
-    """Fill what `layer` leaves open with the general settings; another rule does not inherit the options."""
+    """Fill unset fields of `layer` with the general settings; another rule does not inherit the options."""
     rule = config.rule if layer is None or layer.rule is None else layer.rule
     inherited: Mapping[str, Any] = config.rule_options if rule == config.rule else {}
     return LayerOptions(
@@ -72,7 +72,7 @@ def _merge(layer: LayerConfig | None, config: SPDConfig) -> LayerOptions:
 
 
 def _no_match(index: int, pattern: str, fqns: Sequence[str]) -> str:
-    # Escapes and wildcards of the pattern would only disturb the comparison with names.
+    # The pattern's escapes and wildcards would only distort the comparison with names.
     literal = re.sub(r"\\(.)", r"\1", pattern.replace(".*", ""))
     near = difflib.get_close_matches(literal, fqns, n=3, cutoff=0.3)
     near += [fqn for fqn in fqns if re.search(pattern, fqn) and fqn not in near][:3]
@@ -121,7 +121,7 @@ def open_source(
 
 
 def source_name(source: Source) -> str:
-    """How a source is called in a param group."""
+    """A source's name in a param group."""
     return source.source if isinstance(source, AnchorStore) else os.fspath(source)
 
 

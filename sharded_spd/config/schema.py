@@ -52,7 +52,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def _fingerprint(value: object, path: str) -> str:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-fA-F]{32}", value):
-        # A number made of digits alone, or with one e, is no string to YAML.
+        # YAML reads digits alone, or with one e, as a number, not a string.
         raise wrong(path, "32 hexadecimal digits in quotes, as sharded-spd anchor info prints them", value)
     return value.lower()
 

@@ -23,12 +23,12 @@ class EngineAdapter(Protocol):
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
-        """The optimizers that the engine really steps."""
+        """The optimizers that the engine actually steps."""
         ...
 
     @property
     def named(self) -> bool:
-        """Whether the FQNs are the model's; False where some parameter came without and has a made-up one."""
+        """Whether the FQNs are the model's; False if some parameter came unnamed and has a made-up name."""
         ...
 
     @property
@@ -37,11 +37,11 @@ class EngineAdapter(Protocol):
         ...
 
     def take_model(self, model: Module | None) -> None:
-        """Remember the model that `layout()` is to look at; None: as before. Raises nothing."""
+        """Set the model that `layout()` inspects; None keeps the current one. Raises nothing."""
         ...
 
     def keep(self) -> Callable[[], None]:
-        """What puts the adapter back as it is now, after a `layout()` that came to nothing."""
+        """Return a function that restores the adapter's current state, for use after a failed `layout()`."""
         ...
 
     def layout(self, model: Module | None = None) -> ShardLayout | None:
@@ -52,7 +52,7 @@ class EngineAdapter(Protocol):
         """What `optimizer` updates on this rank, now; `grads=True` only right before its step.
 
         Raises:
-            BindingError: for a parameter that the last `layout()` did not describe.
+            BindingError: the last `layout()` did not describe a parameter.
         """
         ...
 
@@ -65,11 +65,11 @@ class EngineAdapter(Protocol):
         ...
 
     def rewrite(self, shards: Sequence[BoundShard]) -> None:
-        """Hand on tensors of earlier inner calls, which have changed since the engine took them."""
+        """Give the engine tensors of earlier inner calls again: they have changed since it took them."""
         ...
 
     def tag_param_groups(self, fingerprint: str | None) -> None:
-        """Have the anchors' fingerprint travel in the engine's own checkpoints, if it can; None: no more."""
+        """Store the anchors' fingerprint in the engine's own checkpoints, if possible; None removes it."""
         ...
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
@@ -82,12 +82,12 @@ class EngineAdapter(Protocol):
 
 
 def keep(adapter: EngineAdapter) -> Callable[[], None]:
-    """What gives `adapter` the attributes again that it has now; for those who never change one in place."""
-    kept = dict(vars(adapter))
+    """Return a function that restores `adapter`'s attributes; for adapters that never change one in place."""
+    attributes = dict(vars(adapter))
 
     def undo() -> None:
         vars(adapter).clear()
-        vars(adapter).update(kept)
+        vars(adapter).update(attributes)
 
     return undo
 

@@ -33,20 +33,20 @@ _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 
 
 def is_deepspeed_engine(target: Any) -> bool:
-    """Whether `target` is what `deepspeed.initialize` gives first, with an optimizer inside."""
+    """Whether `target` is the engine that `deepspeed.initialize` returns, with an optimizer inside."""
     return hasattr(target, "basic_optimizer") and hasattr(target, "zero_optimization_stage")
 
 
 def is_of_deepspeed(model: Any) -> bool:
-    """Whether `model` is an engine, also one without an optimizer."""
+    """Whether `model` is an engine, with or without an optimizer."""
     return any(cls.__module__.startswith("deepspeed.") for cls in type(model).__mro__)
 
 
 def refuse_flat_optimizer(optimizer: Optimizer) -> None:
-    """DeepSpeed's flats are no parameters: taken for layers, they would be pulled as one.
+    """Refuse DeepSpeed's flats, which are not parameters: taken for a layer, each would be pulled as one.
 
     Raises:
-        UnsupportedError: for an optimizer inside of an engine.
+        UnsupportedError: the optimizer is inside an engine.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     flat = any(p.ndim == 1 and not isinstance(p, Parameter) for p in params)
@@ -70,7 +70,7 @@ def deepspeed_adapter(engine: Any, *, per_step: bool) -> DeepSpeedAdapter | Whol
     """The adapter of an engine.
 
     Raises:
-        UnsupportedError: for a setting under which the projection would be wrong or would not run at all.
+        UnsupportedError: under a setting, the projection would be wrong or would not run.
     """
     check_engine(engine, per_step=per_step)
     zero = engine._config.zero_config
@@ -87,7 +87,7 @@ def deepspeed_adapter(engine: Any, *, per_step: bool) -> DeepSpeedAdapter | Whol
 
 
 def data_parallel_group(engine: Any) -> ProcessGroup | None:
-    """The ranks that an engine runs on together."""
+    """The ranks that an engine runs on."""
     group: ProcessGroup | None = getattr(engine, "data_parallel_group", None)
     return group if group is not None or not dist.is_initialized() else dist.group.WORLD
 
@@ -116,7 +116,7 @@ class DeepSpeedAdapter:
     named = True
 
     def __init__(self, engine: Any) -> None:
-        # The engine's optimizer is hooked and leads here: a strong reference back would keep both alive.
+        # The engine's optimizer refers to this by its hooks: a strong reference back would keep both alive.
         self._engine = weakref.proxy(engine)
         self._wrapper = weakref.proxy(engine.optimizer)
         self.optimizers: Sequence[Optimizer] = (engine.optimizer.optimizer,)
@@ -147,7 +147,7 @@ class DeepSpeedAdapter:
         return list({tuple(dist.get_process_group_ranks(whole)): whole, **self._groups}.values())
 
     def take_model(self, model: Module | None) -> None:
-        """Nothing: the engine has the model."""
+        """No-op: the engine has the model."""
 
     def keep(self) -> Callable[[], None]:
         """See `EngineAdapter`."""
@@ -157,7 +157,7 @@ class DeepSpeedAdapter:
         """Read the flats and check them against the live weights, on this rank alone.
 
         Raises:
-            UnsupportedError: where they are laid out in another way than is known.
+            UnsupportedError: their layout is unknown.
         """
         names = self.names
         self._flats = read_flats(self._wrapper, names)
@@ -188,8 +188,8 @@ class DeepSpeedAdapter:
         """All flats; with `grads` those of the inner call that is about to run.
 
         Raises:
-            BindingError: for a tensor that is none of the flats.
-            AnchorError: where a checkpoint was loaded that was written with another anchor.
+            BindingError: a tensor is not one of the flats.
+            AnchorError: the loaded checkpoint was written with another anchor.
         """
         if not grads:
             return [shard for call in self.inner_steps(optimizer) for shard in call]
@@ -207,25 +207,26 @@ class DeepSpeedAdapter:
                 stepped = self._has_stepped(optimizer, flat)
                 vouched = self._marks is not None and self._marks.vouched
                 key = None if vouched else tensor
-                own = BoundShard(tensor.detach(), tensor.grad, flat.slices, group, has_state=stepped, key=key)
-                shards.append(own)
+                shards.append(
+                    BoundShard(tensor.detach(), tensor.grad, flat.slices, group, has_state=stepped, key=key)
+                )
         self._current = {tensor for group in optimizer.param_groups for tensor in group["params"]}
         return shards
 
     def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
-        """The flats of each call of `optimizer.step` in one engine step, in their order."""
+        """The flats of each call of `optimizer.step` in one engine step, in order."""
         groups = optimizer.param_groups
         shards = [self._at_rest(optimizer, i, groups[f.param_group]) for i, f in enumerate(self._flats)]
         return [shards] if self._one_call else [[shard] for shard in shards]
 
     def _has_stepped(self, optimizer: Optimizer, flat: Flat) -> bool:
-        """In this run, in the run whose checkpoint was loaded, or (stage 0) while the engine was made."""
+        """Whether `flat` has stepped: in this run, in the loaded checkpoint's, or (stage 0) in initialize."""
         loaded = self._marks is not None and self._marks.vouched
         return flat.preloaded or loaded or bool(optimizer.state.get(flat.tensor))
 
     @property
     def _one_call(self) -> bool:
-        """Stages 1, 2 and 3 step flat by flat; the others step all at once."""
+        """Whether one call steps all flats; stages 1, 2 and 3 step flat by flat."""
         stepwise = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
         return not any(hasattr(self._wrapper, name) for name in stepwise)
 
@@ -234,7 +235,7 @@ class DeepSpeedAdapter:
         master = flat.tensor.detach().view(-1)
         if master.numel() == 0 and flat.low.numel():  # on NVMe
             master = flat.low.to(master.device)
-        # A low-precision copy that is exact takes half the memory as an anchor.
+        # An exact low-precision copy takes half the memory as an anchor.
         origin = flat.low if self._exact[index] and flat.low.dtype.itemsize < master.dtype.itemsize else None
         stepped = self._has_stepped(optimizer, flat)
         return BoundShard(
@@ -242,7 +243,7 @@ class DeepSpeedAdapter:
         )
 
     def boundary(self, optimizer: Optimizer) -> bool:
-        """True once all flats have stepped, and when one steps again before the others have."""
+        """True once all flats have stepped, or when one steps again before the others have."""
         again = not self._stepped.isdisjoint(self._current)
         self._stepped = set(self._current) if again else self._stepped | self._current
         if not again and len(self._stepped) == len(self._flats):
@@ -251,18 +252,18 @@ class DeepSpeedAdapter:
         return again
 
     def rewrite(self, shards: Sequence[BoundShard]) -> None:
-        """Copy flats of earlier inner calls again to the weights that the model computes with."""
+        """Copy flats of earlier inner calls to the model's working weights again."""
         layers = {piece.layer for shard in shards for piece in shard.slices}
         for flat in self._flats:
             if any(piece.layer in layers for piece in flat.slices):
                 flat.low.detach().copy_(flat.tensor.detach().view(-1))
 
     def tag_param_groups(self, fingerprint: str | None) -> None:
-        """Have the anchors' fingerprint travel in the param groups, and compare it with what is loaded."""
+        """Store the anchors' fingerprint in the param groups, and compare it with loaded ones."""
         self._marks = _marked(self._marks, self.optimizers[0], fingerprint)
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
-        """The whole layer, on the host: DeepSpeed keeps nothing of its checkpoints in a form to reshard.
+        """The full layer, on the host: DeepSpeed's checkpoints have no form that can be resharded.
 
         Collective over the layer's group.
         """
@@ -270,18 +271,18 @@ class DeepSpeedAdapter:
         return gather_whole(local, piece, self._shapes[fqn], [] if group is None else [group])
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
-        """This rank's part of a whole layer."""
+        """This rank's shard of a full layer."""
         return take_piece(saved, self._where[fqn][0])
 
 
 def _with_global_experts(fqns: Sequence[str], params: Sequence[Tensor]) -> Iterator[str]:
-    """The names with each expert's number among all ranks: DeepSpeed counts those of a rank from 0."""
-    found = [_EXPERT.match(fqn) for fqn in fqns]
+    """The names with each expert's global number: DeepSpeed counts those of a rank from 0."""
+    matches = [_EXPERT.match(fqn) for fqn in fqns]
     here: dict[str, int] = {}
-    for match in found:
+    for match in matches:
         if match is not None:
             here[match[1]] = max(here.get(match[1], 0), int(match[2]) + 1)
-    for fqn, param, match in zip(fqns, params, found, strict=True):
+    for fqn, param, match in zip(fqns, params, matches, strict=True):
         if match is None or getattr(param, "allreduce", True):
             yield fqn
             continue

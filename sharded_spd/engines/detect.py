@@ -1,6 +1,6 @@
-"""What a user attaches to: an engine, an optimizer, or a wrapper around one; and who describes it.
+"""Detects what a user attaches to (an engine, an optimizer, or a wrapper around one) and its adapter.
 
-An engine of another kind is one more line of `ENGINES`.
+A new kind of engine is one more entry of `ENGINES`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sharded_spd.errors import UnsupportedError
 
 
 class MakeAdapter(Protocol):
-    """Describes an engine; `per_step`: one reduction for all of an engine step."""
+    """Describes an engine; `per_step`: one reduction per engine step."""
 
     def __call__(self, engine: Any, *, per_step: bool) -> EngineAdapter:
         """Raises UnsupportedError for a setting under which the projection would be wrong."""
@@ -38,7 +38,7 @@ class MakeAdapter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """Engines that own their optimizer: how to tell one, its settings of ours, its ranks, its adapter."""
+    """A kind of engine that owns its optimizer: its detection, our settings in it, its ranks, its adapter."""
 
     fits: Callable[[Any], bool]
     block: Callable[[Any], Mapping[str, Any] | None]
@@ -55,20 +55,20 @@ def engine_kind(target: Any) -> EngineKind | None:
 
 
 def ranks_around(targets: Sequence[Any], model: Any) -> Sequence[ProcessGroup]:
-    """Which ranks attach together, told before anything can be wrong on one of them; raises nothing."""
-    seen = [found for target in targets if isinstance(found := _innermost(target), Optimizer)]
-    params = [p for optimizer in seen for group in optimizer.param_groups for p in group["params"]]
-    others = [*map(ranks_of, seen), replicas_of(params)]
+    """Which ranks attach together, known before anything can fail on one of them; raises nothing."""
+    optimizers = [inner for target in targets if isinstance(inner := _innermost(target), Optimizer)]
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    others = [*map(ranks_of, optimizers), replicas_of(params)]
     return known_groups(params, model if isinstance(model, Module) else None, others)
 
 
 def optimizer_adapter(
     targets: Sequence[Any], model: Module | None, refuse: Callable[[Optimizer], None]
 ) -> EngineAdapter:
-    """Describes the optimizers that step inside of `targets`, each of which `refuse` may turn down.
+    """The adapter of the optimizers that step inside `targets`; `refuse` may reject each of them.
 
     Raises:
-        UnsupportedError: for anything that is no optimizer, and none around one.
+        UnsupportedError: a target is neither an optimizer nor a wrapper around one.
     """
     if not targets:
         raise UnsupportedError("got an empty sequence of optimizers; wanted at least one")
@@ -76,7 +76,7 @@ def optimizer_adapter(
     groups = [group for _, _, group in found if group is not None]
     if len({group.group_name for group in groups}) > 1:
         raise UnsupportedError(
-            "got optimizers that share their parameters out over different process groups; wanted one group"
+            "got optimizers that partition their parameters over different process groups; wanted one group"
         )
     wholes = [whole for _, whole, _ in found] if groups else []
     return ParameterAdapter(
@@ -94,7 +94,7 @@ def _innermost(target: Any) -> Any:
 def _unwrap(
     target: Any, refuse: Callable[[Optimizer], None]
 ) -> tuple[Optimizer, Optimizer, ProcessGroup | None]:
-    """The optimizer that steps, what shares its parameters out over the ranks (else itself), and these."""
+    """The optimizer that steps, the one that partitions its parameters (else itself), and the ranks."""
     seen = _innermost(target)
     if not isinstance(seen, Optimizer):
         raise UnsupportedError(

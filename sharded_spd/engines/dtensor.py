@@ -1,4 +1,4 @@
-"""How a DTensor parameter (FSDP2, HSDP, tensor parallelism) lies on this rank; a plain one is whole."""
+"""This rank's shard of a DTensor parameter (FSDP2, HSDP, tensor parallelism); a plain one is not sharded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sharded_spd.sharding.layout import Box, FlatRange, ShardSlice
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its storage."""
+    """This rank's shard; shares the tensor's storage."""
     if isinstance(tensor, DTensor):
-        # Under no_grad() by the caller it is the same tensor; a decorator here would cost more than it.
+        # The caller's no_grad() makes it the same tensor; a decorator here would cost more than the call.
         tensor = tensor.to_local()
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
@@ -29,14 +29,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's parts."""
+    """This rank's shards."""
     return [local_tensor(tensor) for tensor in tensors]
 
 
 def shard_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
     """The groups of the mesh axes that split the tensor, in mesh order.
 
-    Asks `is_replicate`, since a strided shard is no `Shard` and says False to `is_shard()`.
+    Tests `is_replicate`, since a strided shard is not a `Shard`, and its `is_shard()` is False.
     """
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
@@ -46,7 +46,7 @@ def shard_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
 
 
 def mesh_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
-    """The groups of all axes of the tensor's mesh along which there are others; one, where there are none."""
+    """The groups of all mesh axes of size > 1; one group if there are none."""
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
@@ -54,17 +54,17 @@ def mesh_groups(tensor: Tensor) -> Iterator[ProcessGroup]:
 
 
 Boxes = dict[tuple[Any, ...], tuple[Any, ...]]
-"""What this rank holds, by shape, placements and mesh: the layers of a model repeat few of them."""
+"""What this rank holds, by shape, placements and mesh: a model's layers share a few combinations."""
 
 
 def whole_slice(fqn: str, tensor: Tensor, known: Boxes | None = None) -> ShardSlice:
     """The slice that `tensor` holds of layer `fqn` on this rank.
 
-    `known` (modified in place) keeps the blocks that torch was asked for: for a layer that is split along two
-    axes of the mesh it makes a list as long as the axis is.
+    `known` (modified in place) caches the blocks that torch computes: for a layer split along two mesh axes,
+    torch builds a list as long as the axis.
 
     Raises:
-        UnsupportedError: for placements whose local part is no single block of the layer.
+        UnsupportedError: the local shard of these placements is not a single block of the layer.
     """
     if not isinstance(tensor, DTensor):
         return ShardSlice(fqn, 0, tensor.numel(), FlatRange(0))
@@ -90,10 +90,10 @@ def whole_slice(fqn: str, tensor: Tensor, known: Boxes | None = None) -> ShardSl
 
 
 def aligned_grad(param: Tensor) -> Tensor | None:
-    """This rank's part of the gradient in the parameter's own placements.
+    """This rank's shard of the gradient, in the parameter's own placements.
 
-    A gradient placed otherwise (Partial under tensor parallelism) is redistributed once, and put back into
-    `.grad`: the base optimizer would pay for the same collective again.
+    A gradient with other placements (Partial under tensor parallelism) is redistributed once and put back
+    into `.grad`: otherwise the base optimizer would repeat the collective.
     """
     grad = param.grad
     if grad is None:
@@ -112,12 +112,12 @@ def aligned_grad(param: Tensor) -> Tensor | None:
 
 
 def aligned_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """This rank's parts of the gradients; see `aligned_grad`."""
+    """This rank's shards of the gradients; see `aligned_grad`."""
     return [aligned_grad(param) for param in params]
 
 
 def align_grads(optimizer: Optimizer) -> None:
-    """Redistribute all gradients that need it, on a rank that has failed: others wait for it there."""
+    """Redistribute all gradients that need it, on a failed rank: the others wait for it there."""
     for param in (p for group in optimizer.param_groups for p in group["params"]):
         if isinstance(param, DTensor) and param.grad is not None:
             with suppress(Exception):

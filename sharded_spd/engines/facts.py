@@ -1,4 +1,4 @@
-"""What a model tells of its layers: which are tied, which are tables of tokens, whose adapters it has."""
+"""Facts about a model's layers: tied ones, token tables, and the model's adapters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def facts_of(
     by_raw: Mapping[str, str],
     tied: Iterable[tuple[str, str]] = (),
 ) -> ModelFacts:
-    """Look at the model.
+    """Collect the facts of a model.
 
-    `named` are its parameters under all their names, `by_raw` the clean ones; `tied`: pairs of names of one
+    `named` are its parameters under all their names, `by_raw` the clean names; `tied`: pairs of names of one
     parameter that a wrapper hides.
     """
     modules = list(model.modules())
@@ -55,14 +55,14 @@ def _ties(
     for first, other in tied:
         keyed += [(first, first), (first, other)]
     for key, raw in keyed:
-        own, name = names.setdefault(key, []), by_raw[raw]
-        if name not in own:
-            own.append(name)
-    return {own[0]: tuple(own[1:]) for own in names.values() if len(own) > 1}
+        aliases, name = names.setdefault(key, []), by_raw[raw]
+        if name not in aliases:
+            aliases.append(name)
+    return {aliases[0]: tuple(aliases[1:]) for aliases in names.values() if len(aliases) > 1}
 
 
 def _tables(model: Module, modules: Iterable[Module], by_raw: Mapping[str, str]) -> frozenset[str]:
-    """Embeddings, and the output layers of models that name theirs (transformers)."""
+    """Embeddings, and the output layers of models that declare theirs (transformers)."""
     found: set[int] = set()
     for module in modules:
         if isinstance(module, (Embedding, EmbeddingBag)):
@@ -77,7 +77,7 @@ def _tables(model: Module, modules: Iterable[Module], by_raw: Mapping[str, str])
     names: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
         if id(module) in found:
-            for own in ("weight", "bias"):
-                raw = clean_fqn(f"{prefix}.{own}" if prefix else own)
+            for name in ("weight", "bias"):
+                raw = clean_fqn(f"{prefix}.{name}" if prefix else name)
                 names.update({clean[raw]} if raw in clean else ())
     return frozenset(names)

@@ -1,6 +1,6 @@
-"""fairscale: the flat parameters of its FullyShardedDataParallel, and a trap of its ShardedDataParallel.
+"""fairscale: the flat parameters of its FullyShardedDataParallel, and a pitfall of its ShardedDataParallel.
 
-Its OSS hands whole parameters to an ordinary optimizer on each rank, see `partitioned`.
+Its OSS gives full parameters to an ordinary optimizer on each rank, see `partitioned`.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ def _part(prefix: str, unit: Any, param: Any, own_names: dict[Tensor, str]) -> F
 
 
 def bucket_watch() -> BucketWatch | None:
-    """One, where fairscale is in use."""
+    """A watch if fairscale is in use."""
     return BucketWatch() if "fairscale" in sys.modules else None
 
 
 class BucketWatch:
-    """Warns once where gradients lie outside of the buffers in which ShardedDataParallel reduces them.
+    """Warns once if gradients lie outside the buffers in which ShardedDataParallel reduces them.
 
-    `zero_grad(set_to_none=True)`, torch's default, takes them out, and what is reduced is what was in the
-    buffers before: the ranks then train on gradients of their own.
+    `zero_grad(set_to_none=True)`, torch's default, takes them out, and the stale contents of the buffers are
+    reduced: each rank then trains on its own gradients.
     """
 
     def __init__(self) -> None:
@@ -92,15 +92,15 @@ class BucketWatch:
         if module is None:
             return
         if self._wrappers is None:
-            # The wrapper is made of the optimizer, which does not know it.
+            # The wrapper holds the optimizer, which does not know it.
             self._wrappers = [weakref.ref(o) for o in instances_of(module.ShardedDataParallel)]
         live = [wrapper for ref in self._wrappers if (wrapper := ref()) is not None]
         if not live:
             return
-        own = set(params)
+        watched = set(params)
         for bucket in (bucket for wrapper in live for bucket in wrapper._bucket_list):
             buffer = bucket.buffer.untyped_storage().data_ptr()
-            grads = [param.grad for param in own.intersection(bucket._params) if param.grad is not None]
+            grads = [param.grad for param in watched.intersection(bucket._params) if param.grad is not None]
             if any(grad.untyped_storage().data_ptr() != buffer for grad in grads):
                 self._wrappers = []
                 warnings.warn(

@@ -1,6 +1,6 @@
-"""What one tensor of an optimizer holds of the model's layers, and the arithmetic of flat tensors.
+"""The slices of layers in one tensor of an optimizer, and the arithmetic of flat tensors.
 
-A flat engine lays layers one after the other, pads, and gives each rank a window of that.
+A flat engine concatenates layers, pads, and gives each rank a window of the result.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sharded_spd.sharding.reductions import all_reduce_
 
 @dataclass(frozen=True, slots=True)
 class FlatPiece:
-    """What one tensor of the optimizer, of `numel` elements on this rank, holds of the model.
+    """The slices of the model in one tensor of the optimizer, of `numel` elements on this rank.
 
-    `shapes` are those of the whole layers, one per slice. `split` are the groups that split the layers,
-    `groups` these and those of replicas. `flat`: the tensor has not the layers' own dims. `local` gives what
-    the optimizer updates where a wrapper may have put something else in the tensor's place.
+    `shapes` are those of the full layers, one per slice. `split` are the groups that split the layers,
+    `groups` also those of replicas. `flat`: the tensor lacks the layers' own dims. `local` returns the tensor
+    that the optimizer updates, if a wrapper may have replaced it.
     """
 
     slices: tuple[ShardSlice, ...]
@@ -40,9 +40,9 @@ class FlatPiece:
 
 
 def overlap(layer: str, begin: int, numel: int, window: tuple[int, int], at: int = 0) -> ShardSlice:
-    """What a window `[start, stop)` holds of a layer that lies at `[begin, begin + numel)`.
+    """The slice in a window `[start, stop)` of a layer that lies at `[begin, begin + numel)`.
 
-    `at` is where the window itself begins in the tensor. Nothing in common is a slice of no elements.
+    `at` is where the window itself begins in the tensor. Without overlap the slice is empty.
     """
     start, stop = window
     first, last = max(begin, start), min(begin + numel, stop)
@@ -54,7 +54,7 @@ def overlap(layer: str, begin: int, numel: int, window: tuple[int, int], at: int
 def tile(
     layers: Sequence[str | None], numels: Sequence[int], window: tuple[int, int]
 ) -> tuple[ShardSlice, ...]:
-    """What a window holds of each of the layers that lie one after the other; None is padding."""
+    """The slice in a window of each of the concatenated layers; None is padding."""
     slices, begin = [], 0
     for layer, numel in zip(layers, numels, strict=True):
         if layer is not None:
@@ -64,7 +64,7 @@ def tile(
 
 
 def chunk(numel: int, rank: int, world: int) -> tuple[int, int]:
-    """The window of `rank` where `numel` elements are cut into equal chunks, the last ones cut short."""
+    """The window of `rank` if `numel` elements are cut into equal chunks, the last ones shorter."""
     size = -(-numel // world)
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
@@ -72,17 +72,17 @@ def chunk(numel: int, rank: int, world: int) -> tuple[int, int]:
 def gather_whole(
     local: Tensor, piece: ShardSlice, shape: tuple[int, ...], groups: Sequence[ProcessGroup]
 ) -> Tensor:
-    """The whole layer, on the host, from what each rank of `groups` holds of it; collective."""
-    whole = torch.zeros(prod(shape), dtype=local.dtype, device=local.device)
+    """The full layer, on the host, from the shards of the ranks of `groups`; collective."""
+    full = torch.zeros(prod(shape), dtype=local.dtype, device=local.device)
     start = _start(piece)
-    whole[start : start + piece.numel] = local
+    full[start : start + piece.numel] = local
     for group in groups:
-        all_reduce_(whole, group)
-    return whole.view(shape).cpu()
+        all_reduce_(full, group)
+    return full.view(shape).cpu()
 
 
 def take_piece(whole: Tensor, piece: ShardSlice) -> Tensor:
-    """This rank's part of a whole layer, `[piece.numel]`."""
+    """This rank's shard of a full layer, `[piece.numel]`."""
     start = _start(piece)
     return whole.reshape(-1)[start : start + piece.numel]
 

@@ -1,7 +1,7 @@
 """FullyShardedDataParallel of torch (FSDP1): a unit's parameters in one flat tensor, cut into equal chunks.
 
-With `use_orig_params` the optimizer has one slice of that per original parameter, of no elements where a
-rank owns nothing of it; without, the flat tensor itself.
+With `use_orig_params` the optimizer has one slice of it per original parameter, empty if this rank owns
+none of it; without, the flat tensor itself.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 def fsdp1_parts(model: Module) -> Iterator[tuple[Tensor, FlatPiece]]:
-    """Each tensor that FSDP1 gives the optimizer, with the layers' names as the wrappers have them.
+    """Each tensor that FSDP1 gives the optimizer, with the wrappers' names of the layers.
 
     Raises:
-        UnsupportedError: for a layer that was flattened in another order than row by row, a tensor-parallel
-            one, or a torch that lays its flat parameters out in another way.
+        UnsupportedError: a layer is not flattened row by row, or is tensor-parallel, or this torch lays out
+            flat parameters in another way.
     """
     for prefix, unit in _named_units(model):
         if unit._handle is not None:
@@ -83,16 +83,16 @@ def _unit_parts(prefix: str, unit: Any, handle: Any) -> Iterator[tuple[Tensor, F
     if handle.device.type == "cpu":
         warnings.warn(
             "FSDP1 on CPU with use_orig_params=True: torch mixes up the optimizer's states when it gathers "
-            "them whole (FULL_STATE_DICT), whatever the optimizer; save sharded ones",
+            "full ones (FULL_STATE_DICT), whatever the optimizer; save sharded ones",
             stacklevel=2,
         )
     for param, piece, shape in zip(flat._params, slices, shapes, strict=True):
-        own = ShardSlice(piece.layer, 0, piece.numel, piece.region)
-        yield param, FlatPiece((own,), (shape,), piece.numel, split, groups, flat=sharded)
+        slice_ = ShardSlice(piece.layer, 0, piece.numel, piece.region)
+        yield param, FlatPiece((slice_,), (shape,), piece.numel, split, groups, flat=sharded)
 
 
 def _groups(unit: Any, handle: Any) -> tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]:
-    """The group that splits the layers, if any, and with it that of the replicas."""
+    """The group that splits the layers, if any; and that group with the replicas' group."""
     between = getattr(unit, "_inter_node_pg", None)
     both = tuple(g for g in (handle.process_group, between) if g is not None and g.size() > 1)
     return (both[:1] if handle.uses_sharded_strategy else ()), both
@@ -115,14 +115,14 @@ def _check_layers(flat: Any, names: tuple[str, ...], shapes: tuple[tuple[int, ..
 
 
 def _check_map(flat: Any, slices: tuple[ShardSlice, ...]) -> None:
-    """What was computed is what FSDP1 itself uses."""
+    """Check the computed slices against those that FSDP1 itself uses."""
     for piece, info in zip(slices, flat._shard_param_infos, strict=True):
-        found = ShardSlice(piece.layer, 0, 0, FlatRange(0))
+        actual = ShardSlice(piece.layer, 0, 0, FlatRange(0))
         if info.in_shard:
             region = FlatRange(info.intra_param_start_idx)
-            found = ShardSlice(piece.layer, info.offset_in_shard, info.numel_in_shard, region)
-        if found != piece:
+            actual = ShardSlice(piece.layer, info.offset_in_shard, info.numel_in_shard, region)
+        if actual != piece:
             raise UnsupportedError(
-                f"layer {piece.layer!r} lies at {found} of FSDP1's flat parameter, wanted {piece}: torch "
+                f"layer {piece.layer!r} lies at {actual} of FSDP1's flat parameter, wanted {piece}: torch "
                 f"{torch.__version__} lays it out in a way that is not known (2.13 is)"
             )

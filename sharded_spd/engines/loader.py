@@ -1,4 +1,4 @@
-"""How transformers names what is in a file: the renamings that `from_pretrained` does while it loads."""
+"""How transformers names the tensors of a file: the renamings that `from_pretrained` applies on loading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INNER = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "
 
 
 class TransformersLoader:
-    """The renamings of a model's class, by the functions of the very transformers that made it."""
+    """The renamings of a model's class, by the functions of the installed transformers."""
 
     def __init__(self, model: Any) -> None:
         self._conversions = _conversions(model)
@@ -27,7 +27,7 @@ class TransformersLoader:
         self._origin = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
     def rename(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """The model's name of each tensor of a file; and those that are made of others, and how."""
+        """The model's name of each tensor of a file; and the tensors that are made from others, and how."""
         if not self._conversions:
             return {name: self._rename_older(name) for name in names} if self._older else {}, {}
         renaming: Any = sys.modules["transformers.core_model_loading"]
@@ -53,7 +53,7 @@ class TransformersLoader:
         return any(pattern.search(name) for pattern in self._ignored)
 
     def loaded_from(self, root: Path) -> bool:
-        """Whether the model was loaded from this very place."""
+        """Whether the model was loaded from this path."""
         return bool(self._origin) and Path(self._origin).exists() and root.samefile(self._origin)
 
     def _rename_older(self, name: str) -> str:
@@ -65,7 +65,7 @@ class TransformersLoader:
 
 
 def find_loader(modules: Sequence[Module]) -> Loader | None:
-    """The loader of the outermost transformers model among `modules`; None where there is none."""
+    """The loader of the outermost transformers model among `modules`; None if there is none."""
     modeling: Any = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return None
@@ -73,13 +73,13 @@ def find_loader(modules: Sequence[Module]) -> Loader | None:
 
 
 def _conversions(model: Any) -> list[Any]:
-    """All renamings of `model` in order; none under a transformers that has another form of them."""
+    """All renamings of `model` in order; none if this transformers stores them in another form."""
     mapping: Any = sys.modules.get("transformers.conversion_mapping")
     if not hasattr(mapping, "get_model_conversion_mapping"):
         return []
     found = list(mapping.get_model_conversion_mapping(_skeleton(model)))
     known = {(tuple(c.source_patterns), tuple(c.target_patterns)) for c in found}
-    # Those that the user gave to from_pretrained as key_mapping come first there.
+    # from_pretrained applies the user's key_mapping first.
     given = [
         c
         for c in getattr(model, "_weight_conversions", None) or ()
@@ -89,7 +89,7 @@ def _conversions(model: Any) -> list[Any]:
 
 
 def _skeleton(module: Module) -> Module:
-    """The modules as they were before anything wrapped them or changed their class: names go by it."""
+    """The modules before anything wrapped them or changed their class: names depend on it."""
     for name in _INNER:
         if isinstance(inner := module._modules.get(name), Module):
             return _skeleton(inner)

@@ -1,4 +1,4 @@
-"""What a model tells of its parameters: their names, and which of the optimizer's tensors are flat."""
+"""A model's view of its parameters: their names, and which of the optimizer's tensors are flat."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from sharded_spd.sharding.names import clean_fqn, clean_fqns
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """`names`: the FQN of each parameter that is one layer; `parts`: of the tensors that a wrapper cut.
+    """`names`: the FQN of each parameter that is one layer; `parts`: the tensors that a wrapper cut.
 
-    `fqns` are all the model's, in its order; `replicas` the group of DistributedDataParallel; `facts` what
-    else the model tells of its layers.
+    `fqns` are all the model's, in its order; `replicas` is the group of DistributedDataParallel; `facts` are
+    further facts about the layers.
     """
 
     names: Mapping[Tensor, str] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class ModelView:
 
 
 def view_model(model: Module) -> ModelView:
-    """Look at the model as it is wrapped now; FSDP2's gathered parameters are put back into shards first."""
+    """View the model as it is wrapped now; reshards FSDP2's gathered parameters first."""
     # An FSDP2 root stays unsharded after a forward without backward; its named parameters are then not
     # the sharded ones that the optimizer holds.
     for module in model.modules():
@@ -78,25 +78,25 @@ def _groups_of_wrappers(wrappers: Iterable[Any]) -> list[ProcessGroup]:
 
 
 def flat_groups(params: Iterable[Tensor]) -> list[ProcessGroup]:
-    """The groups over which wrappers cut `params`, where the model that tells of them is not known."""
+    """The groups over which wrappers cut `params`, if their model is not known."""
     flat = {param for param in params if is_flat(param)}
     units = [*all_fsdp1_units(), *all_fairscale_units()] if flat else []
     return _groups_of_wrappers(unit for unit in units if not flat.isdisjoint(unit.parameters()))
 
 
 def replicas_of(params: Iterable[Tensor]) -> ProcessGroup | None:
-    """The ranks over which a DistributedDataParallel copies `params`; None if none is found that does.
+    """The ranks over which a DistributedDataParallel replicates `params`; None if no wrapper is found.
 
-    A wrapper leaves no trace on its parameters, and an optimizer is made of these alone. A rank that has no
-    share of them takes the ranks of all wrappers, where these are the same.
+    A wrapper leaves no trace on its parameters, which are all that an optimizer has. A rank without any of
+    them takes the ranks of all wrappers, if these are the same.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
-    own = set(params)
-    if any(isinstance(p, DTensor) for p in own):
+    tensors = set(params)
+    if any(isinstance(p, DTensor) for p in tensors):
         return None
     wrappers = instances_of(DistributedDataParallel)
-    groups = {w.process_group for w in wrappers if not own or not own.isdisjoint(w.parameters())}
+    groups = {w.process_group for w in wrappers if not tensors or not tensors.isdisjoint(w.parameters())}
     return groups.pop() if len(groups) == 1 else None
 
 
@@ -110,5 +110,5 @@ def _in_order(raw: Sequence[str], by_raw: Mapping[str, str], model: Module) -> t
 
 
 def is_flat(param: Tensor) -> bool:
-    """Whether a wrapper cut this tensor, so that only the wrapped model tells what it is."""
+    """Whether a wrapper cut this tensor, so that only the wrapped model can explain it."""
     return bool(getattr(param, "_fsdp_flattened", False)) or hasattr(param, "_is_sharded")

@@ -1,4 +1,4 @@
-"""What a parameter of an optimizer may not be, or become, and what is said then."""
+"""Refusals of parameters: what one must not be or become, with the error."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_left_alone(param: Tensor) -> bool:
-    """Whether nothing is to be known of a parameter: frozen, and of numbers that no optimizer could step.
+    """Whether a parameter is ignored: frozen, and of a dtype that no optimizer could step.
 
-    Quantised weights: bytes, integers, float8.
+    These are quantised weights: bytes, integers, float8.
     """
     return param.dtype not in REAL and not param.requires_grad
 
 
 def name_of(group: Mapping[str, Any], g: int, i: int) -> str:
-    """What parameter `i` of param group `g` is called: by its group, else by its place."""
+    """The name of parameter `i` of param group `g`: by its group, else by its position."""
     names = group.get("param_names", ())
     return str(names[i]) if i < len(names) else made_up_name(g, i)
 
 
 def raise_unreal(name: str, param: Tensor) -> NoReturn:
-    """Raises UnsupportedError: `param` is to be trained and its numbers are not real."""
+    """Raise UnsupportedError: `param` is to be trained, but has no real floating-point dtype."""
     raise UnsupportedError(
         f"layer {name!r} has dtype {param.dtype} and is to be trained; wanted a real floating-point dtype "
         f"({', '.join(str(dtype).removeprefix('torch.') for dtype in REAL)}), or a frozen parameter "
@@ -42,7 +42,7 @@ def raise_unreal(name: str, param: Tensor) -> NoReturn:
 
 
 def raise_unknown(optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int) -> NoReturn:
-    """Raises BindingError: parameter `i` of param group `g` has come since binding."""
+    """Raise BindingError: parameter `i` of param group `g` is newer than the binding."""
     raise BindingError(
         f"parameter {name_of(group, g, i)!r} (shape {tuple(group['params'][i].shape)}) of "
         f"{type(optimizer).__name__} is not bound: it was added, or put in place of another one, after "
@@ -51,7 +51,7 @@ def raise_unknown(optimizer: Optimizer, group: Mapping[str, Any], g: int, i: int
 
 
 def raise_moved(param: Tensor, local: Tensor, part: FlatPiece) -> None:
-    """Raises BindingError where `local`, which was to be the shard of `param`, is not what was bound."""
+    """Raise BindingError if `local`, the shard of `param`, is not what was bound."""
     fqn = part.slices[0].layer
     if local.numel() != part.numel:
         raise BindingError(
@@ -68,7 +68,7 @@ def raise_moved(param: Tensor, local: Tensor, part: FlatPiece) -> None:
 
 
 def check_dtype(now: torch.dtype, bound: torch.dtype, shard: BoundShard) -> None:
-    """Raises BindingError unless the dtype is wider than what was bound, and no step has been made."""
+    """Raise BindingError unless the dtype is wider than the bound one, and no step was taken yet."""
     wider = torch.promote_types(now, bound) == now
     if wider and not shard.has_state:
         return

@@ -1,6 +1,6 @@
-"""Optimizers that step whole parameters, each on one rank, and broadcast them: ZeroRedundancyOptimizer, OSS.
+"""Optimizers that step full parameters, each on one rank, and broadcast them: ZeroRedundancyOptimizer, OSS.
 
-The optimizer inside has this rank's share of the parameters and knows of no other rank.
+The inner optimizer has this rank's share of the parameters and knows of no other rank.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sharded_spd.sharding.names import clean_fqns
 
 
 def share_of(target: Any) -> tuple[Optimizer, ProcessGroup] | None:
-    """The optimizer of this rank's share inside of `target`, and the ranks; None for any other optimizer.
+    """The inner optimizer of `target` for this rank's share, and the ranks; None for any other optimizer.
 
     Raises:
-        UnsupportedError: where there is none yet (`overlap_with_ddp`).
+        UnsupportedError: there is none yet (`overlap_with_ddp`).
     """
     group = ranks_of(target)
     if group is None:
@@ -36,7 +36,7 @@ def share_of(target: Any) -> tuple[Optimizer, ProcessGroup] | None:
 
 
 def ranks_of(target: Any) -> ProcessGroup | None:
-    """The ranks over which `target` shares its parameters out; None for any other optimizer."""
+    """The ranks over which `target` partitions its parameters; None for any other optimizer."""
     if not callable(getattr(target, "consolidate_state_dict", None)):
         return None
     group: ProcessGroup = target.process_group if hasattr(target, "process_group") else target.group
@@ -44,9 +44,9 @@ def ranks_of(target: Any) -> ProcessGroup | None:
 
 
 def names_of(wholes: Sequence[Optimizer]) -> tuple[dict[Tensor, str], bool]:
-    """A name for each parameter of the whole optimizers, the same on every rank, and whether all were given.
+    """A name for each parameter of the outer optimizers, the same on every rank, and whether all were given.
 
-    The shares inside have the name lists of the whole, which do not fit their parameters.
+    The inner optimizers have the outer one's name lists, which do not fit their parameters.
     """
     names: dict[Tensor, str] = {}
     given: dict[Tensor, str] = {}

@@ -1,7 +1,7 @@
-"""Engines whose optimizer holds the model's parameters, or tensors that the wrapped model can explain.
+"""Engines with the model's parameters in the optimizer, or tensors that the wrapped model can explain.
 
 One process, DDP, FSDP2, HSDP, TP: each parameter describes itself. FSDP1 and fairscale: the model's wrappers
-do. ZeroRedundancyOptimizer and OSS: whole parameters, others on every rank. All may mix in one optimizer.
+do. ZeroRedundancyOptimizer and OSS: full parameters, different ones on each rank. One optimizer may mix all.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from sharded_spd.sharding.names import clean_fqns
 
 @dataclass(slots=True)
 class _Lineup:
-    """The tensors of an optimizer, as they were when its groups were last looked through.
+    """The tensors of an optimizer, as of the last pass through its groups.
 
-    `alone`: those of no layer, with what they are called.
+    `alone`: tensors that are no layers, with their names.
     """
 
     rows: list[tuple[BoundShard, Tensor, FlatPiece]]
@@ -69,7 +69,7 @@ class _Lineup:
         return [shard for shard, _, _ in self.rows]
 
     def fits(self, optimizer: Optimizer) -> bool:
-        """Whether the groups have the same tensors still."""
+        """Whether the groups still have the same tensors."""
         now = optimizer.param_groups
         return len(now) == len(self.groups) and all(
             group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
@@ -80,8 +80,8 @@ class _Lineup:
 class ParameterAdapter:
     """Describes the parameters of `optimizers`; names come from `model`, else from `param_names`.
 
-    `group`: ranks that hold replicas, where the model itself does not tell. `wholes`: the optimizers around
-    `optimizers` where each of these has a share of the parameters, and `everywhere` their ranks.
+    `group`: ranks that hold replicas, if the model itself does not show it. `wholes`: the outer optimizers,
+    if each of `optimizers` has only a share of the parameters; `everywhere`: their ranks.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ParameterAdapter:
         self._model: Callable[[], Module | None] = lambda: None
         self._no_model = False
         self.take_model(model)
-        with suppress(Exception):  # layout() looks again, and then all ranks raise it
+        with suppress(Exception):  # layout() looks again, and then all ranks raise the error
             self._look()
 
     def take_model(self, model: Module | None) -> None:
@@ -136,7 +136,7 @@ class ParameterAdapter:
 
     @property
     def replicas(self) -> ProcessGroup | None:
-        """The ranks that hold replicas of a model which DistributedDataParallel wraps; None if unknown."""
+        """The ranks that hold replicas of a model in DistributedDataParallel; None if unknown."""
         return self._seek_replicas(self._tensors())
 
     def _seek_replicas(self, params: Sequence[Tensor]) -> ProcessGroup | None:
@@ -148,13 +148,13 @@ class ParameterAdapter:
     def agreement_groups(self) -> Sequence[ProcessGroup]:
         """The groups of all axes of the layers' meshes, replicated ones too, DDP's, and `everywhere`.
 
-        Told by the parameters and the model's wrappers as they are now: the ranks have to agree on what comes
-        of a layout before there is one.
+        Taken from the current parameters and wrappers: ranks must agree on the result of a layout before
+        there is one.
         """
         return self.groups_of(self._tensors())
 
     def groups_of(self, params: Sequence[Tensor]) -> Sequence[ProcessGroup]:
-        """`agreement_groups` as `params` tell them, which an optimizer is about to take."""
+        """`agreement_groups` of `params`, which an optimizer is about to take."""
         others = (*self._groups, self._seek_replicas(params), self._everywhere)
         return known_groups(params, self._model(), others)
 
@@ -166,8 +166,8 @@ class ParameterAdapter:
         """Describe the parameters as they are now; None while some are on the meta device or empty shells.
 
         Raises:
-            UnsupportedError: for a parameter that cannot be projected.
-            BindingError: for two parameters under one name, or one that the model does not have.
+            UnsupportedError: a parameter cannot be projected.
+            BindingError: two parameters have one name, or the model lacks a parameter.
         """
         if model is not None:
             self.take_model(model)
@@ -237,8 +237,8 @@ class ParameterAdapter:
             return part
         if is_flat(param):
             raise BindingError(
-                f"parameter {fqn!r} is cut by FullyShardedDataParallel, and only the wrapped model tells "
-                "which part of which layer it is; pass the outermost wrapper: AdamSPD(..., model=model), "
+                f"parameter {fqn!r} is sharded by FullyShardedDataParallel, and only the wrapped model knows "
+                "which slice of which layer it is; pass the outermost wrapper: AdamSPD(..., model=model), "
                 "attach(optimizer, model)"
             )
         numel, shape = local_tensor(param).numel(), tuple(param.shape)
@@ -267,8 +267,8 @@ class ParameterAdapter:
         """The local shard, local gradient and slice of every parameter of `optimizer`, in group order.
 
         Raises:
-            BindingError: for a parameter that `layout()` has not seen, or that the model has no more.
-            UnsupportedError: for a sparse gradient.
+            BindingError: `layout()` has not seen a parameter, or the model no longer has it.
+            UnsupportedError: a gradient is sparse.
         """
         try:
             return self._bind(optimizer, grads=grads)
@@ -293,8 +293,8 @@ class ParameterAdapter:
         sharded = [i for i, weight in enumerate(weights) if isinstance(weight, DTensor)]
         for i, local in zip(sharded, local_tensors([weights[i] for i in sharded]), strict=True):
             weights[i] = local
-        found = self._grads(lineup) if grads else [None] * len(weights)
-        for (shard, param, part), local, grad in zip(lineup.rows, weights, found, strict=True):
+        local_grads = self._grads(lineup) if grads else [None] * len(weights)
+        for (shard, param, part), local, grad in zip(lineup.rows, weights, local_grads, strict=True):
             shard.tensor = local
             if local.numel() != part.numel or (part.numel and local.data_ptr() == 0):
                 raise_moved(param, local, part)
@@ -345,19 +345,19 @@ class ParameterAdapter:
                     f"layer {part.slices[0].layer!r} has a sparse gradient ({param.grad.layout}); wanted a "
                     "dense one: construct the embedding with sparse=False"
                 )
-        found = [param.grad for _, param, _ in lineup.rows]
+        grads = [param.grad for _, param, _ in lineup.rows]
         sharded = [i for i, (_, param, _) in enumerate(lineup.rows) if isinstance(param, DTensor)]
         aligned = aligned_grads([lineup.rows[i][1] for i in sharded])
         for i, grad in zip(sharded, aligned, strict=True):
-            found[i] = grad
-        return found
+            grads[i] = grad
+        return grads
 
     def inner_steps(self, optimizer: Optimizer) -> Sequence[Sequence[BoundShard]]:
-        """One call, of everything."""
+        """One call with all shards."""
         return [self.bind(optimizer, grads=False)]
 
     def boundary(self, optimizer: Optimizer) -> bool:
-        """True once all optimizers have stepped, and when one steps again before the others have."""
+        """True once all optimizers have stepped, or when one steps again before the others have."""
         again = optimizer in self._stepped
         self._stepped.add(optimizer)
         if again:
@@ -368,15 +368,15 @@ class ParameterAdapter:
         return again
 
     def rewrite(self, shards: Sequence[BoundShard]) -> None:
-        """Nothing: the optimizer holds the model's own parameters."""
+        """No-op: the optimizer holds the model's own parameters."""
 
     def tag_param_groups(self, fingerprint: str | None) -> None:
-        """Nothing: the projector's and AdamSPD's state carry it."""
+        """No-op: the state of the projector and of AdamSPD carries it."""
 
     def export(self, fqn: str, local: Tensor) -> Tensor:
-        """A DTensor like the parameter, a plain tensor in its shape, or the whole layer where it is flat.
+        """A DTensor like the parameter, a plain tensor in its shape, or the full layer if it is flat.
 
-        Collective over the layer's groups where it is flat.
+        Collective over the layer's groups if it is flat.
         """
         piece, part = self._pieces[fqn]
         if not part.flat:
@@ -384,6 +384,6 @@ class ParameterAdapter:
         return gather_whole(local, piece, part.shapes[part.slices.index(piece)], part.split)
 
     def restore(self, fqn: str, saved: Tensor) -> Tensor:
-        """This rank's shard of what `export` gave."""
+        """This rank's shard of a result of `export`."""
         piece, part = self._pieces[fqn]
         return take_piece(saved, piece) if part.flat else local_tensor(saved).reshape(-1)

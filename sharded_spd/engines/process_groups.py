@@ -21,7 +21,7 @@ def known_groups(
     model: Module | None,
     others: Iterable[ProcessGroup | None],
 ) -> list[ProcessGroup]:
-    """The groups that parameters and a model's wrappers tell of, and `others`: one for each set of ranks."""
+    """The groups of parameters and of a model's wrappers, and `others`: one for each set of ranks."""
     params = [*params, *(() if model is None else model.parameters())]
     meshes = {p.device_mesh: p for p in params if isinstance(p, DTensor)}
     groups = [group for param in meshes.values() for group in mesh_groups(param)]
@@ -31,15 +31,15 @@ def known_groups(
 
 
 def one_per_ranks(groups: Iterable[ProcessGroup]) -> dict[ProcessGroup, ProcessGroup]:
-    """For each group the one of the same ranks whose name is first, the same one on all of them.
+    """Map each group to the first by name of those with the same ranks; the same one on all ranks.
 
-    Equal meshes that were made twice have groups of their own: one reduction serves them.
+    Equal meshes created twice have separate groups: one reduction serves both.
     """
     ranks = {group: tuple(dist.get_process_group_ranks(group)) for group in dict.fromkeys(groups)}
     first: dict[tuple[int, ...], ProcessGroup] = {}
-    for group, own in ranks.items():
-        first[own] = min(first.get(own, group), group, key=lambda g: str(g.group_name))
-    return {group: first[own] for group, own in ranks.items()}
+    for group, members in ranks.items():
+        first[members] = min(first.get(members, group), group, key=lambda g: str(g.group_name))
+    return {group: first[members] for group, members in ranks.items()}
 
 
 def scopes_of(pieces: Mapping[str, tuple[ShardSlice, FlatPiece]]) -> tuple[Scope, ...]:
@@ -49,4 +49,4 @@ def scopes_of(pieces: Mapping[str, tuple[ShardSlice, FlatPiece]]) -> tuple[Scope
     for fqn, (_, part) in pieces.items():
         for group in part.split:
             layers[first[group]].append(fqn)
-    return tuple(Scope(group, tuple(own)) for group, own in layers.items())
+    return tuple(Scope(group, tuple(fqns)) for group, fqns in layers.items())

@@ -1,4 +1,4 @@
-"""Parameters that an optimizer holds and the model has no more: no gradient reaches them."""
+"""Parameters that an optimizer holds but the model no longer has: no gradient reaches them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def check_still_there(
     before: bool | None,
     parts: Mapping[Tensor, FlatPiece],
 ) -> None:
-    """Look whether the model still has what is stepped: at the first step, and when all gradients cease.
+    """Check that the model still has the parameters stepped: at the first step, and when all gradients cease.
 
     Args:
-        optimizer: about to step.
-        model: as it is now, if it is known.
-        idle: whether it has no gradient at all.
-        before: the same of the step before; None: there was none.
-        parts: all that is bound.
+        optimizer: the one about to step.
+        model: the current model, if it is known.
+        idle: whether the optimizer has no gradient at all.
+        before: `idle` of the previous step; None: there was none.
+        parts: all bound tensors.
 
     Raises:
-        BindingError: for a layer in whose place the model has another parameter.
+        BindingError: the model has another parameter in a layer's place.
     """
     if model is None or not (before is None or idle):
         return
@@ -41,7 +41,7 @@ def check_still_there(
         for param in group["params"]
         if param in parts and param not in now and param.grad is None
     }
-    if lost:  # or gathered, or taken out of the modules for a while, as FSDP does
+    if lost:  # or gathered, or temporarily taken out of the modules, as FSDP does
         check_replaced(lost, view_model(model), parts, type(optimizer).__name__)
 
 
@@ -53,11 +53,11 @@ def check_replaced(
 ) -> None:
     """Look for the layers of `params` in the model as it is now.
 
-    One that is gone (an adapter that was taken out) is no fault, nor one whose successor the optimizer has
-    too (`bound`), nor one that is not trained.
+    A removed layer (an adapter) is no error, nor one with a successor that the optimizer also has (`bound`),
+    nor one that is not trained.
 
     Raises:
-        BindingError: for a layer in whose place the model has another parameter.
+        BindingError: the model has another parameter in a layer's place.
     """
     lost = [p for p in params if p.requires_grad and p not in view.names and p not in view.parts]
     if not lost:
@@ -69,7 +69,7 @@ def check_replaced(
         if successor is not None and successor.requires_grad and successor not in bound:
             raise BindingError(
                 f"layer {fqn!r} of the model is another parameter now than the one that {holder} holds, "
-                "which gets no gradient any more: the model was sharded, resized, moved or parametrized "
+                "which no longer gets a gradient: the model was sharded, resized, moved or parametrized "
                 "after the optimizer was built; build the optimizer after that"
             )
 

@@ -1,4 +1,4 @@
-"""Whether the layers are those of one stage of a pipeline: what lies before and after is not known here."""
+"""Detects a pipeline stage: the layers before and after it are not known on this rank."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
 def is_stage(params: Sequence[Tensor], model: Module | None, fqns: Iterable[str]) -> bool:
-    """Whether `model`, or `params` (named `fqns`) where there is none, show that they are a part of a model.
+    """Whether `model`, or without one `params` (named `fqns`), is recognisably a part of a model.
 
-    It shows by torch's pipeline stages, by a mesh that was cut out of one with an axis for stages, and by
-    layers whose numbers begin above 0. The first stage of a pipeline that uses neither looks like a model.
+    The signs are torch's pipeline stages, a submesh of a mesh with a stage axis, and layer numbers that begin
+    above 0. The first stage of a pipeline that uses neither looks like a full model.
     """
     shown = list(params) if model is None else list(model.parameters())
     if _in_stages(set(shown)) or any(_has_stage_axis(p) for p in shown if isinstance(p, DTensor)):
@@ -32,7 +32,7 @@ def is_stage(params: Sequence[Tensor], model: Module | None, fqns: Iterable[str]
 
 
 def _in_stages(shown: set[Tensor]) -> bool:
-    """Whether all parameters belong to this rank's stages, and other ranks have more of these."""
+    """Whether all parameters belong to this rank's stages, and other ranks have further stages."""
     module = sys.modules.get(_STAGES)
     if module is None or not shown:
         return False
@@ -51,12 +51,12 @@ def _has_stage_axis(param: DTensor) -> bool:
 
 
 def _misses_first(module: Module) -> bool:
-    """Whether a container's children, also those without weights, are numbered from above 0 without a gap."""
+    """Whether a container's children, with or without weights, are numbered without a gap from above 0."""
     return _is_late({int(name) for name, _ in module.named_children() if name.isdecimal()})
 
 
 def _begins_late(fqns: Iterable[str]) -> bool:
-    """The same by names alone, of at least two: a layer behind one without weights is no late one."""
+    """The same by names alone, of two or more: a single layer may follow one without weights."""
     numbers: dict[str, set[int]] = {}
     for fqn in fqns:
         for found in _NUMBERED.finditer(fqn):

@@ -1,7 +1,7 @@
 """Where a layer's elements lie in the tensors that DeepSpeed's inner optimizer updates, and a check of it.
 
-ZeRO hands its inner optimizer one-dimensional partitions ("flats") of many layers. How they are cut is told
-by private attributes, so nothing is believed that the live weights do not confirm; no rank communicates.
+ZeRO gives its inner optimizer one-dimensional partitions ("flats") of many layers. Only private attributes
+say how they are cut, so everything is checked against the live weights; ranks do not communicate.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _CHUNK = 2**22
 class Flat:
     """One tensor of the inner optimizer.
 
-    `low` is what the model computes with, in the same order; `preloaded`: it, and not `tensor`, holds the
-    weights as they were loaded. `process_group` splits the layers, None where each rank holds them whole.
+    `low` are the model's working weights, in the same order; `preloaded`: `low`, not `tensor`, holds the
+    weights as loaded. `process_group` splits the layers; None: each rank holds full layers.
     """
 
     tensor: Tensor
@@ -40,10 +40,10 @@ class Flat:
 
 
 def read_flats(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
-    """The flats of DeepSpeed's `wrapper` around the inner optimizer, in the order in which they are stepped.
+    """The flats of DeepSpeed's `wrapper` around the inner optimizer, in the order of their steps.
 
     Raises:
-        UnsupportedError: where DeepSpeed is laid out in another way than is known.
+        UnsupportedError: the layout of this DeepSpeed is unknown.
     """
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         flats = _stage3(wrapper, names)
@@ -75,9 +75,9 @@ def _partitioned(
     groups: Sequence[Sequence[Tensor]],
     names: Mapping[Tensor, str],
 ) -> list[Flat]:
-    """Stages 1 and 2: every weight is a view of one buffer per group, of which each rank owns a part.
+    """Stages 1 and 2: every weight is a view of one buffer per group; each rank owns a partition of it.
 
-    By pointers: right for any order and alignment that DeepSpeed chose.
+    Compares pointers, which is right for any order and alignment that DeepSpeed chooses.
     """
     process_groups = _need(wrapper, "real_dp_process_group")
     flats = []
@@ -98,7 +98,7 @@ def _partitioned(
 
 
 def _stage3(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
-    """Stage 3: a sub-group is the ranks' partitions of its layers, each padded by itself."""
+    """Stage 3: a sub-group holds this rank's partitions of its layers, each padded separately."""
     positions, to_id = _need(wrapper, "grad_position"), _need(wrapper, "get_param_id")
     group_of, lows = _need(wrapper, "sub_group_to_group_id"), _need(wrapper, "fp16_partitioned_groups_flat")
     flats = []
@@ -110,10 +110,10 @@ def _stage3(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
                 'offload_param.device "nvme", wanted "cpu" or none'
             )
         for param in params:
-            fqn, own = _name(param, names), _need(param, "ds_process_group")
-            if process_group is not None and own is not process_group:
+            fqn, group = _name(param, names), _need(param, "ds_process_group")
+            if process_group is not None and group is not process_group:
                 raise _moved(f"layer {fqn!r} is split over other ranks than its sub-group {i}")
-            process_group = own
+            process_group = group
             where = tuple(positions[to_id(param)])
             length = int(param.partition_numel())
             if where != (i, offset, length):
@@ -158,7 +158,7 @@ def _whole_layers(wrapper: Any, names: Mapping[Tensor, str]) -> list[Flat]:
 
 
 def _check_tiling(flat: Flat) -> None:
-    """No two layers share an element, and none lies outside."""
+    """Check that no two layers overlap, and none lies outside."""
     end = 0
     for piece in sorted((p for p in flat.slices if p.numel), key=lambda p: p.offset):
         if piece.offset < end or piece.offset + piece.numel > flat.low.numel():
@@ -167,7 +167,7 @@ def _check_tiling(flat: Flat) -> None:
 
 
 def _check_values(flat: Flat) -> None:
-    """The master, rounded, is the weights that the model computes with."""
+    """Check that the master weights, rounded, are the model's working weights."""
     if flat.tensor.numel() == 0:  # on NVMe
         return
     for layer, part, low in _pieces(flat):
@@ -180,14 +180,14 @@ def _check_values(flat: Flat) -> None:
 
 
 def holds_exactly(flat: Flat) -> bool:
-    """Whether `low` has every bit of the master's layers (what pads them is never written)."""
+    """Whether `low` has every bit of the master's layers (padding is never written)."""
     return flat.tensor.numel() == 0 or all(
         torch.equal(part.to(low.device), low.to(part.dtype)) for _, part, low in _pieces(flat)
     )
 
 
 def _pieces(flat: Flat) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Layer by layer the same elements of the master and of `low`, in pieces of bounded size."""
+    """Layer by layer, the same elements of the master and of `low`, in chunks of bounded size."""
     master = flat.tensor.detach().view(-1)
     for piece in flat.slices:
         end = piece.offset + piece.numel
@@ -212,10 +212,10 @@ def _moved(what: str) -> UnsupportedError:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        found = version("deepspeed")
+        installed = version("deepspeed")
     except PackageNotFoundError:
-        found = "of unknown version"
+        installed = "of unknown version"
     return UnsupportedError(
-        f"this DeepSpeed ({found}) lays its optimizer out in a way that is not known: {what}; known are "
+        f"this DeepSpeed ({installed}) lays its optimizer out in a way that is not known: {what}; known are "
         f"versions {SUPPORTED}, right after deepspeed.initialize"
     )

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed that would make the projection wrong, or not run at all: refused, with a reason."""
+"""Refuses DeepSpeed settings under which the projection would be wrong or would not run, with a reason."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from sharded_spd.errors import UnsupportedError
 
 
 def check_engine(engine: Any, *, per_step: bool) -> None:
-    """Refuse what is not exact.
+    """Refuse settings under which the projection is not exact.
 
     Raises:
-        UnsupportedError: for the first such setting.
+        UnsupportedError: the first such setting.
     """
-    for found, sentence in _objections(engine, per_step=per_step):
-        if found:
-            raise UnsupportedError(sentence)
+    for is_on, message in _objections(engine, per_step=per_step):
+        if is_on:
+            raise UnsupportedError(message)
 
 
 def _objections(engine: Any, *, per_step: bool) -> Iterator[tuple[bool, str]]:
-    """Whether each setting is on, and what is to be said then."""
+    """Whether each setting is on, and the error message."""
     stage = engine.zero_optimization_stage()
     config = getattr(engine, "_config", None)
     zero = getattr(config, "zero_config", None)

@@ -1,7 +1,7 @@
-"""What a DeepSpeed checkpoint brings into the param groups: another anchor is refused, defects are mended.
+"""Checks param groups that a DeepSpeed checkpoint loads: refuses another anchor, repairs two defects.
 
-Loading a universal checkpoint at stage 3 gives every param group the settings of the first, and all
-sub-groups one `step` tensor, which the optimizer then advances once for each of them.
+Loading a universal checkpoint at stage 3 gives every param group the settings of the first, and makes all
+sub-groups share one `step` tensor, which the optimizer then advances once for each of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FINGERPRINT, _INDEX, _RATES = "spd_anchor", "spd_group", "spd_lrs"
 
 
 class GroupMarks:
-    """Marks the param groups of an inner optimizer, and reads the marks again after a load.
+    """Marks the param groups of an inner optimizer, and checks the marks after a load.
 
     `vouched`: a checkpoint of a run with the same anchors was loaded.
     """
@@ -37,7 +37,7 @@ class GroupMarks:
         self._hook = optimizer.register_load_state_dict_post_hook(self._after_load)
 
     def remove(self) -> None:
-        """Take the marks off again."""
+        """Remove the marks."""
         self._hook.remove()
         optimizer = self._optimizer()
         for group in [] if optimizer is None else optimizer.param_groups:
@@ -66,10 +66,10 @@ class GroupMarks:
                 )
 
     def mend(self, optimizer: Optimizer, scheduler: Any) -> None:
-        """Undo the two defects where they show; costs a look at each group and state.
+        """Repair the two defects where they occur; visits each group and state.
 
         Raises:
-            AnchorError: where a checkpoint was loaded that was written with another anchor.
+            AnchorError: the loaded checkpoint was written with another anchor.
         """
         self._check(optimizer)
         _split_steps(optimizer)
@@ -98,7 +98,7 @@ def _split_steps(optimizer: Optimizer) -> None:
 
 
 def _scheduled(scheduler: Any, count: int) -> list[Any] | None:
-    """What the scheduler says each group's lr is now; DeepSpeed's own ones forget it when they are loaded."""
+    """Each group's current lr by the scheduler; DeepSpeed's own schedulers forget it when loaded."""
     if scheduler is None:
         return None
     rates = scheduler.get_last_lr() if isinstance(scheduler, LRScheduler) else scheduler.get_lr()

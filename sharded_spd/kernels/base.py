@@ -1,4 +1,4 @@
-"""The seam for kernels: what they work on, and what every backend does with it."""
+"""The interface of kernels: their data, and the operations of every backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sharded_spd.anchors.base import Values
 from sharded_spd.rules.statistics import DELTA_SQ, GRAD_DOT_DELTA, Statistic
 
 FORMED: dict[Statistic, int] = {GRAD_DOT_DELTA: 0, DELTA_SQ: 1}
-"""The statistics that kernels form, and where in a row of theirs."""
+"""The statistics that kernels compute, and their columns in a row of sums."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class Moments:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All that a step changes."""
+        """All tensors that a step changes."""
         return self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq
 
 
@@ -93,7 +93,7 @@ class Table(Protocol):
 
 
 class Backend(Protocol, Hashable):
-    """Kernels for one kind of device. All backends give the same results, but for rounding."""
+    """Kernels for one device type. All backends give the same results, except for rounding."""
 
     name: str
 

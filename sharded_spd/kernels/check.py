@@ -1,4 +1,4 @@
-"""Whether a backend does on this machine what plain torch does."""
+"""Checks a backend against plain torch on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ADAM = (0.9, 0.999, 1e-8, 0.01, 0.5)
 
 
 def check(backend: Backend, device_type: str) -> None:
-    """One step of a few thousand elements, beside plain torch. Waits for the device.
+    """Compare one step of a few thousand elements with plain torch. Waits for the device.
 
     Raises:
         RuntimeError: where the results differ by more than rounding.

@@ -1,4 +1,4 @@
-"""Which backend works on what."""
+"""Chooses the backend for tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFERENCE: Backend = ReferenceKernels()
 
 @cache
 def kernels_for(device_type: str) -> Backend:
-    """The fastest backend that is there for a kind of device.
+    """The fastest available backend for a device type.
 
     Raises:
         RuntimeError: where one is asked for (see `SWITCH`) that cannot be had.
@@ -42,7 +42,7 @@ def kernels_for(device_type: str) -> Backend:
 
 
 def _compiled(*, insist: bool) -> Backend | None:
-    """The compiled kernels, once they have done a step as plain torch does; None where they do not."""
+    """The compiled kernels, if one step of theirs equals plain torch's; else None."""
     kernels = cpu_kernels()
     if kernels is None:
         return None
@@ -60,7 +60,7 @@ def _compiled(*, insist: bool) -> Backend | None:
 
 
 def _triton(device_type: str, *, insist: bool) -> Backend | None:
-    """Triton's kernels, once they have done a step as plain torch does; None where they do not."""
+    """Triton's kernels, if one step of theirs equals plain torch's; else None."""
     try:
         if device_type == "cuda" and not torch.version.hip:
             capability = torch.cuda.get_device_capability()
@@ -72,7 +72,7 @@ def _triton(device_type: str, *, insist: bool) -> Backend | None:
         if INTERPRETED and device_type == "cuda":
             raise RuntimeError("TRITON_INTERPRET is set, and Triton's interpreter reads host memory alone")
         kernels = TritonKernels(device_type)
-        # It needs a C compiler and a driver that fits: what is wrong with them shows at the first launch.
+        # It needs a C compiler and a matching driver: problems with them show at the first launch.
         check(kernels, device_type)
     except Exception as error:  # whatever Triton, a compiler or the driver may raise
         text = f"{type(error).__name__}: {error}"
@@ -92,7 +92,7 @@ def _chunked(backend: Backend) -> Backend:
 
 
 def backend_names(device_types: Iterable[str]) -> dict[str, str]:
-    """Which backend this process has for each kind of device.
+    """The backend of this process for each device type.
 
     Raises:
         RuntimeError: where one is asked for that cannot be had.
@@ -101,7 +101,7 @@ def backend_names(device_types: Iterable[str]) -> dict[str, str]:
 
 
 def choose(s: Slice, plain: frozenset[str] = frozenset()) -> Backend:
-    """The fastest backend that takes a slice; plain torch on the kinds of device in `plain`."""
+    """The fastest backend that takes a slice; plain torch for device types in `plain`."""
     device_type = s.weight.device.type
     if device_type in plain:
         return REFERENCE

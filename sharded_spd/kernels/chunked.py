@@ -28,7 +28,7 @@ class ChunkedKernels:
 
 
 class _ChunkedTable:
-    """See `Table`. No more than a chunk of the anchor is asked for at a time."""
+    """See `Table`. Reads at most one chunk of the anchor at a time."""
 
     def __init__(self, backend: Backend, slices: Sequence[Slice]) -> None:
         self._backend = backend

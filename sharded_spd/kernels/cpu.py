@@ -118,6 +118,6 @@ class CpuTable:
 
 
 def cpu_kernels() -> CpuKernels | None:
-    """The compiled kernels; None where there are none."""
+    """The compiled kernels; None if there are none."""
     library = load_library()
     return None if library is None else CpuKernels(library)

@@ -1,4 +1,4 @@
-"""Files that no other user can have written or linked: what is loaded from them runs as this one."""
+"""Files that no other user can have written or linked: code loaded from them runs as this user."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def own_folder(path: Path) -> Path:
-    """The folder by its real path, made where it is missing.
+    """The folder by its real path, created if missing.
 
     Raises:
         OSError: where it cannot be made, or someone but root and this user may change what lies in it.
     """
     for folder in (*reversed(path.parents), path):
         if not folder.exists():
-            # Not by makedirs: a wide umask would let a group write to what lies between.
+            # Not makedirs: a wide umask would let a group write to the folders between.
             try:
                 folder.mkdir(mode=0o700)
-            except FileExistsError:  # by a rank that started together with this one, or a link to nowhere
+            except FileExistsError:  # made by a rank that started at the same time, or a dangling link
                 continue
     real = Path(os.path.realpath(path.parent)) / path.name
-    # In a user namespace (rootless containers) / and /tmp belong to a stand-in for the root outside of it.
+    # In a user namespace (rootless containers), / and /tmp belong to a placeholder for the outer root.
     above = (*_trusted(), os.stat("/").st_uid)
     for parent in real.parents:
         state = os.stat(parent)
         if state.st_mode & _WRITABLE and state.st_mode & stat.S_ISVTX and state.st_uid in above:
-            continue  # where all may write, as in /tmp, but none may rename what is another's
+            continue  # sticky, like /tmp: all may write, but none may rename others' files
         _judge(parent, state, above)
     state = os.lstat(real)
     if not stat.S_ISDIR(state.st_mode):
@@ -47,7 +47,7 @@ def open_owned(path: Path, flags: int = os.O_RDONLY) -> int:
     Raises:
         OSError: where it cannot be opened, is a link or no plain file, or others may have written it.
     """
-    # A pipe in its place must not make the opening wait.
+    # Opening must not block on a pipe in its place.
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     try:
         state = os.fstat(descriptor)

@@ -13,7 +13,7 @@ from sharded_spd.rules.statistics import CHUNK, DELTA_SQ, GRAD_DOT_DELTA, Block,
 
 
 class ReferenceKernels:
-    """Takes everything, values that are read in chunks too; see `Backend`."""
+    """Takes everything, including values read in chunks; see `Backend`."""
 
     name = "reference"
 
@@ -90,7 +90,7 @@ def _adam(s: Slice, m: Moments, numbers: Tensor) -> None:
 
 
 def _pull_chunk(weight: Tensor, anchor: Tensor | None, s: Tensor) -> Tensor:
-    # Half precision is worked on in float32, so that s is not rounded to 8 bits first.
+    # Half precision is computed in float32, so that s is not rounded to 8 bits first.
     dtype = torch.promote_types(weight.dtype, torch.float32)
     w, s = weight.to(dtype), s.to(dtype)
     if anchor is None:

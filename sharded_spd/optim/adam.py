@@ -51,11 +51,11 @@ class AdamSPD(Adam):
         lr: learning rate, a float or a 0-d tensor.
         betas: decay of the two moments.
         eps: added to the denominator.
-        weight_decay: lambda, the strength of the pull; not multiplied by lr. While a group's is the number 0,
-            it is torch's Adam to the last bit and asks nothing of its anchors: no memory, no check. The
-            snapshot is taken when lambda is first positive, of weights that have not moved since they were
-            bound; where they have, the step raises. A warm-up of lambda from 0 needs the path of a
-            checkpoint, or lambda as a 0-d tensor, which may always be positive and so keeps the snapshot.
+        weight_decay: lambda, the strength of the pull; not multiplied by lr. While it is the number 0 in a
+            group, the group is torch's Adam to the last bit and ignores its anchors: no memory, no check. The
+            snapshot is taken when lambda is first positive; if the weights have moved since they were bound,
+            the step raises. A warm-up of lambda from 0 needs a checkpoint's path, or lambda as a 0-d tensor,
+            which may always be positive and so keeps the snapshot.
         amsgrad: use the maximum of the second moments.
         maximize: ascend.
         foreach: torch's multi-tensor implementation of Adam's step.
@@ -64,14 +64,13 @@ class AdamSPD(Adam):
             safetensors checkpoint, or an `AnchorStore`.
         rule: "spd", "l2sp", "decay" (torch AdamW's decay, for a new head), "none", another rule's name, or an
             instance of a rule: `FTP(k=0.3)`. For rules without a strength weight_decay is AdamW's decay.
-        fused: None: Adam's step and the sums of the projection in one pass, in float32 and float64, where
-            there are kernels; True: in half precision, too, else torch's fused implementation; False: torch's
-            loop.
-        model: gives the parameters their names, where they come without.
+        fused: None: Adam's step and the projection's sums in one pass, in float32 and float64, where kernels
+            exist; True: in half precision, too, else torch's fused implementation; False: torch's loop.
+        model: names the parameters that come without names.
         max_pull: upper bound of the pull lambda * r; 1.0 never overshoots the anchor.
 
     Raises:
-        ValueError: for a hyper-parameter out of range, an unknown rule, or an anchor that does not fit.
+        ValueError: a hyper-parameter is out of range, a rule is unknown, or an anchor does not fit.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class AdamSPD(Adam):
         self._num_bound = 0
         self._refused: Exception | None = None
         self._projector: Projector | None = None
-        # Made first: it reshards an FSDP2 model, so that a lazily read model.named_parameters() gives shards.
+        # Comes first: it reshards an FSDP2 model, so that a lazy model.named_parameters() yields shards.
         adapter = ParameterAdapter([self], model)
         self._adapter = adapter
         params, failure = listed(params)
@@ -131,19 +130,20 @@ class AdamSPD(Adam):
         return self._projector
 
     def bind(self, model: Module | None = None) -> None:
-        """Bind the anchors, or bind anew after sharding; see `Projector.bind`."""
-        # A checkpoint may have been loaded before the first binding: the groups show its fingerprints then.
+        """Bind the anchors, or re-bind after sharding; see `Projector.bind`."""
+        # If a checkpoint was loaded before the first binding, the groups show its fingerprints.
         self.projector.bind(model, vet=None if self.projector.bound else self._vet)
         self._after_bind()
 
     def _vet(self, binding: Binding) -> None:
         prints = self.projector.group_fingerprints(self, self._adapter.replicas, binding)
         check = partial(compare_groups, self.param_groups, prints, self.param_groups, self._specs)
-        for spec, left in zip(self._specs, agree(check, self._adapter.agreement_groups), strict=True):
-            spec.unchecked = left
+        results = agree(check, self._adapter.agreement_groups)
+        for spec, unchecked in zip(self._specs, results, strict=True):
+            spec.unchecked = unchecked
 
     def move_to(self, adapter: EngineAdapter, *, per_step: bool = False) -> Projector:
-        """Project what an engine made of the parameters; bound anchors move along, cut to its shards.
+        """Project the tensors that an engine made of the parameters; bound anchors are cut to its shards.
 
         Called by `attach(engine)`.
         """
@@ -156,27 +156,27 @@ class AdamSPD(Adam):
         return projector
 
     def _after_bind(self) -> None:
-        """Show the fingerprints, and let go of what was given."""
+        """Show the fingerprints in the groups, and release the user's tensors."""
         if not self.projector.bound:
             return
         self._num_bound, self._refused = len(self._specs), None
-        # Inside of an optimizer that shares the parameters out, a group's layers are on all ranks together.
+        # Inside an optimizer that partitions parameters, a group's layers are spread over all ranks.
         prints = self.projector.group_fingerprints(self, self._adapter.replicas)
         for spec, group, fingerprint in zip(self._specs, self.param_groups, prints, strict=True):
             spec.shown["anchor_fingerprint"] = fingerprint
             group.update(spec.shown)
-            if spec.pre is not None:  # bound: this rank's shard is kept, the user's tensors are let go
+            if spec.pre is not None:  # bound: keep this rank's shard, release the user's tensors
                 spec.pre, spec.anchor = None, "snapshot"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, and bind its anchors at once where the others are bound; what fails changes nothing.
+        """Add a group, and bind its anchors at once if the others are bound; a failure changes nothing.
 
-        Where layers are split over ranks, it is bound when all of them step next: a rank that adds a group
-        alone must not wait for the others. Its anchors are then the weights of that moment, and what fails
-        there takes the group out again; a call that was refused on some of the ranks fails there on all.
+        If layers are split over ranks, binding waits until all ranks step next: a rank that alone adds a
+        group must not wait for the others. The anchors are then the weights of that moment, and a failure
+        removes the group again; a call refused on some ranks fails there on all.
 
         Raises:
-            ValueError: for a negative lambda, an unknown rule, or lists of another length than `params`.
+            ValueError: lambda is negative, a rule is unknown, or a list has another length than `params`.
         """
         if self._projector is None or not self._projector.bound:
             self._take_group(param_group)
@@ -200,7 +200,7 @@ class AdamSPD(Adam):
         self._deferred |= spec.shown["anchor"] == "deferred"
 
     def _bind_added(self) -> None:
-        """Bind the groups that were added since the last binding, or take them out again."""
+        """Bind the groups added since the last binding, or remove them again."""
         added, refused = len(self._specs) > self._num_bound, self._refused
         if not (added or refused) or not self.projector.bound:
             return
@@ -218,9 +218,9 @@ class AdamSPD(Adam):
         """One step of Adam, and the projection.
 
         Raises:
-            BindingError: where gradients are there and the anchors are not bound, or parameters were swapped.
-            UnsupportedError: for a sparse gradient.
-            What failed on any rank that shares a layer; on the others with that rank's number.
+            BindingError: there are gradients but no bound anchors, or parameters were swapped.
+            UnsupportedError: a gradient is sparse.
+            The failure of any rank that shares a layer; other ranks name that rank.
         """
         loss = None
         self._bind_added()
@@ -246,7 +246,7 @@ class AdamSPD(Adam):
         return loss
 
     def _step_base(self, step: Step | None, decays: Set[int]) -> None:
-        """Adam's step; that of what the kernels can together with the sums of `step`, AdamW's of `decays`."""
+        """Adam's step, by the kernels with the sums of `step` where they can; AdamW's for `decays`."""
         done: set[Tensor] = set()
         gathered = [self._gather(group) for group in self.param_groups]
         if step is not None:
@@ -256,22 +256,22 @@ class AdamSPD(Adam):
             self._adam(group, lists, done, decays=id(group) in decays)
 
     def _keep_groups(self) -> None:
-        """What an optimizer around this one has copied into the groups, out of a checkpoint it may be."""
+        """Check and restore keys that an outer optimizer copied into the groups, e.g. from a checkpoint."""
         for g, (spec, group) in enumerate(zip(self._specs, self.param_groups, strict=False)):
-            own = spec.shown.get("anchor_fingerprint")
-            if own is not None and spec.unchecked is not None and not group_rests(spec, group):
-                check_fingerprint(spec.unchecked, own, group=g, num_params=count_layers(group))
+            shown = spec.shown.get("anchor_fingerprint")
+            if shown is not None and spec.unchecked is not None and not group_rests(spec, group):
+                check_fingerprint(spec.unchecked, shown, group=g, num_params=count_layers(group))
                 spec.unchecked = None
-            theirs = group.get("anchor_fingerprint", own)
-            if own is not None and theirs not in (own, None) and self._adapter.replicas is not None:
-                check_fingerprint(theirs, own, group=g, num_params=num_layers(own))
-            # ZeroRedundancyOptimizer and OSS copy the whole group's keys to the shares before each step.
+            copied = group.get("anchor_fingerprint", shown)
+            if shown is not None and copied not in (shown, None) and self._adapter.replicas is not None:
+                check_fingerprint(copied, shown, group=g, num_params=num_layers(shown))
+            # ZeroRedundancyOptimizer and OSS copy the full group's keys to the shares before each step.
             group.update(spec.shown)
             if "pre" in group:
                 group["pre"] = LET_GO
 
     def _gather(self, group: dict[str, Any]) -> Lists:
-        """Of a group; state is made where missing."""
+        """A group's lists; creates missing state."""
         lists: Lists = [[] for _ in range(6)]
         self._init_group(group, *lists)  # type: ignore[no-untyped-call]
         return lists
@@ -281,7 +281,7 @@ class AdamSPD(Adam):
             return
         if done:
             keep = [i for i, param in enumerate(lists[0]) if param not in done]
-            lists = [[own[i] for i in keep] if own else own for own in lists]
+            lists = [[column[i] for i in keep] if column else column for column in lists]
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         adam(
             params,
@@ -309,23 +309,23 @@ class AdamSPD(Adam):
     def state_dict(self) -> dict[str, Any]:
         """As Adam's; a rule that has state adds it under "projector"."""
         result = super().state_dict()
-        own = self.projector.state_dict()
-        return {**result, "projector": own} if own["layers"] else result
+        rule_state = self.projector.state_dict()
+        return {**result, "projector": rule_state} if rule_state["layers"] else result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore moments, group scalars and rule state; rule and anchor stay those of this optimizer.
 
-        Hooks see and may change what torch's would: those before it the checkpoint in any format, those after
-        it the groups as they are in the end. A checkpoint that is refused changes nothing. One of a group
-        whose lambda is 0 is compared once it is not.
+        Hooks work as torch's do: pre-hooks may change the checkpoint, in any format; post-hooks see the final
+        groups. A refused checkpoint changes nothing. The anchor of a group with lambda 0 is compared once
+        lambda is positive.
 
         Raises:
-            AnchorError: where the checkpoint was written with another anchor.
+            AnchorError: the checkpoint was written with another anchor.
         """
-        found: list[Callable[[], None]] = []
+        finish: list[Callable[[], None]] = []
         handles = [
-            self.register_load_state_dict_pre_hook(lambda _, saved: found.append(self._prepare_load(saved))),
-            self.register_load_state_dict_post_hook(lambda _: found.pop()(), prepend=True),
+            self.register_load_state_dict_pre_hook(lambda _, saved: finish.append(self._prepare_load(saved))),
+            self.register_load_state_dict_post_hook(lambda _: finish.pop()(), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -334,7 +334,7 @@ class AdamSPD(Adam):
                 handle.remove()
 
     def _prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
-        """Check what is to be loaded; what comes back puts in order what torch has loaded of it."""
+        """Check a checkpoint before torch loads it; the returned function corrects what torch has loaded."""
         self._bind_added()
         ranks = self._adapter.agreement_groups
         own_state = state_dict.get("projector")
@@ -360,7 +360,7 @@ class AdamSPD(Adam):
             for spec, strength, group, saved, left in zip(
                 self._specs, strengths, self.param_groups, groups, unchecked, strict=True
             ):
-                # Of a plain Adam's checkpoint the weight_decay is another thing than lambda.
+                # In a plain Adam's checkpoint, weight_decay is not lambda.
                 group.update({**spec.shown, **({} if "rule" in saved else strength)})
                 spec.unchecked = left
             if restore is not None:
@@ -369,14 +369,14 @@ class AdamSPD(Adam):
         return finish
 
     def _check_saved(self, state_dict: Mapping[str, Any]) -> list[str | None]:
-        """Whether torch will take it, and its anchors are these; see `compare_groups`."""
+        """Check that torch will accept it and that its anchors are these; see `compare_groups`."""
         if not isinstance(state_dict.get("state"), Mapping):
             raise TypeError("got a checkpoint without 'state'; wanted what an optimizer's state_dict() gives")
         saved = [len(group["params"]) for group in state_dict["param_groups"]]
-        own = [len(group["params"]) for group in self.param_groups]
-        if saved != own:
+        current = [len(group["params"]) for group in self.param_groups]
+        if saved != current:
             raise ValueError(
-                f"got a checkpoint whose parameter groups have {saved} parameters; wanted {own}: build the "
+                f"got a checkpoint with parameter groups of {saved} parameters; wanted {current}: build the "
                 "optimizer with the parameter groups that it was saved with"
             )
         if not self.projector.bound:
@@ -385,13 +385,13 @@ class AdamSPD(Adam):
         return compare_groups(state_dict["param_groups"], prints, self.param_groups, self._specs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: Adam's, and this rank's shards of the anchors."""
-        own = {name: getattr(self, name) for name in ("_own_defaults", "_specs", "_deferred")}
-        known = self._adapter.names
-        names = [[known.get(p) for p in group["params"]] for group in self.param_groups]
+        """The state of a copy or a pickle: Adam's, and this rank's shards of the anchors."""
+        attributes = {name: getattr(self, name) for name in ("_own_defaults", "_specs", "_deferred")}
+        fqns = self._adapter.names
+        names = [[fqns.get(p) for p in group["params"]] for group in self.param_groups]
         bound = self.projector.bound
         held = (self.projector.export_anchors(), self.projector.state_dict()) if bound else None
-        return {**super().__getstate__(), **own, "_held": held, "_names": names}
+        return {**super().__getstate__(), **attributes, "_held": held, "_names": names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, or (called by `load_state_dict`) only moments and groups."""
@@ -401,8 +401,8 @@ class AdamSPD(Adam):
             group.setdefault("max_pull", None)
         if copied:
             self._adapter = adapter = ParameterAdapter([self])
-            for group, own in zip(self.param_groups, names, strict=True):
-                adapter.names |= {p: n for p, n in zip(group["params"], own, strict=True) if n is not None}
+            for group, fqns in zip(self.param_groups, names, strict=True):
+                adapter.names |= {p: n for p, n in zip(group["params"], fqns, strict=True) if n is not None}
             self._projector = Projector(adapter, GroupResolver(self, self._specs), deferred=True)
             if held is not None:
                 self._projector.adopt(*held)

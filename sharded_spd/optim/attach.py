@@ -30,26 +30,26 @@ def attach(
     model: Module | None = None,
     config: SPDConfig | None = None,
 ) -> Projector:
-    """Project the layers that `target` steps toward their anchors, whatever optimizer it is.
+    """Project the layers that `target` steps toward their anchors, for any optimizer.
 
-    Works through the step hooks of `torch.optim.Optimizer`; the optimizer's type and state are left alone. A
-    closure is wrapped: the statistics are taken when it returns. A step that calls the step of its base class
-    is one step. A copy or a pickle of the optimizer is plain, and warns at its first step.
+    Works through the step hooks of `torch.optim.Optimizer`; the optimizer's type and state do not change. A
+    closure is wrapped: the statistics are taken when it returns. A step that calls its base class's step is
+    one step. A copy or a pickle of the optimizer is plain, and warns at its first step.
 
     Args:
         target: an optimizer, a sequence of optimizers over one model, a wrapper around one (accelerate,
             Lightning, ZeroRedundancyOptimizer, fairscale's OSS), or a DeepSpeed engine, after
             `deepspeed.initialize` and before `load_checkpoint`.
-        model: gives the parameters their names, which patterns and checkpoints need; an engine knows them.
+        model: names the parameters, as patterns and checkpoints need; an engine knows the names.
         config: the settings; by default the block "sharded_spd" of an engine's JSON, else SPD with lambda 1
             and a snapshot of the weights as they are now.
 
     Returns:
-        The projector; `detach()` takes it off again.
+        The projector; `detach()` removes it again.
 
     Raises:
-        ValueError: for a configuration or an anchor that does not fit the model.
-        TypeError: for a target that is no optimizer, or one that projects already.
+        ValueError: a configuration or an anchor does not fit the model.
+        TypeError: the target is not an optimizer, or already projects.
     """
     kind = engine_kind(target)
     if kind is not None:
@@ -61,8 +61,8 @@ def attach(
             raise UnsupportedError(
                 f"got model={type(model).__name__}; wanted a torch.nn.Module: settings go by name, config=..."
             )
-        own = SPDConfig() if config is None else config
-        return optimizer_adapter(targets, model, _refuse), own, ConfigResolver(own)
+        settings = SPDConfig() if config is None else config
+        return optimizer_adapter(targets, model, _refuse), settings, ConfigResolver(settings)
 
     return _attach(*agree(prepare, ranks_around(targets, model)))
 
@@ -92,35 +92,35 @@ def _attach(adapter: EngineAdapter, config: SPDConfig, resolver: ConfigResolver)
 
 
 def _attach_engine(engine: Any, kind: EngineKind, config: SPDConfig | None) -> Projector:
-    """To an engine; its JSON may hold the settings."""
+    """Attach to an engine; its JSON may hold the settings."""
 
     def prepare() -> tuple[EngineAdapter, SPDConfig, ConfigResolver]:
-        block, own = kind.block(engine), config
-        if own is None:
-            own = SPDConfig() if block is None else load_config(block)
-        elif block is not None and load_config(block) != own:
+        block, settings = kind.block(engine), config
+        if settings is None:
+            settings = SPDConfig() if block is None else load_config(block)
+        elif block is not None and load_config(block) != settings:
             raise ConfigError(
                 'got settings both as config= and as the block "sharded_spd" of the DeepSpeed JSON, and they '
                 "differ; wanted them in one place"
             )
-        adapter = kind.adapter(engine, per_step=own.reduction == "per_step")
+        adapter = kind.adapter(engine, per_step=settings.reduction == "per_step")
         for optimizer in adapter.optimizers:
             if isinstance(optimizer, AdamSPD):
-                if own != SPDConfig(reduction=own.reduction):
+                if settings != SPDConfig(reduction=settings.reduction):
                     raise ConfigError(
                         "got AdamSPD as the engine's optimizer and settings to attach with; wanted them as "
                         "AdamSPD's own arguments and groups, and attach(engine) alone"
                     )
             else:
                 _refuse(optimizer)
-        return adapter, own, ConfigResolver(own)
+        return adapter, settings, ConfigResolver(settings)
 
-    whole = kind.ranks(engine)
-    adapter, own, resolver = agree(prepare, [] if whole is None else [whole])
+    ranks = kind.ranks(engine)
+    adapter, settings, resolver = agree(prepare, [] if ranks is None else [ranks])
     optimizer = adapter.optimizers[0]
     if isinstance(optimizer, AdamSPD):
-        return optimizer.move_to(adapter, per_step=own.reduction == "per_step")
-    return _attach(adapter, own, resolver)
+        return optimizer.move_to(adapter, per_step=settings.reduction == "per_step")
+    return _attach(adapter, settings, resolver)
 
 
 def _deferred(anchor: Any) -> bool:
@@ -128,7 +128,7 @@ def _deferred(anchor: Any) -> bool:
 
 
 def _refuse(optimizer: Optimizer) -> None:
-    """Raises UnsupportedError for one that projects already."""
+    """Raise UnsupportedError if `optimizer` already projects."""
     if isinstance(optimizer, AdamSPD):
         raise UnsupportedError(
             "AdamSPD projects by itself; attach to another optimizer, or use AdamSPD alone"
@@ -136,22 +136,22 @@ def _refuse(optimizer: Optimizer) -> None:
     other = _ATTACHED.get(optimizer, lambda: None)()
     if other is not None and other.attached:
         raise UnsupportedError(
-            f"this {type(optimizer).__name__} is attached to already; detach() its projector first"
+            f"this {type(optimizer).__name__} already has a projector attached; detach() it first"
         )
 
 
 _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
-"""What calls a step and its hooks: one for each class whose step calls that of its base class."""
+"""The frame that calls a step and its hooks: one per class in a chain of steps that call their base's."""
 
 
 def _inside_another(optimizer: Optimizer) -> bool:
-    """Whether a hook was called by a step that a step of the same optimizer has called."""
+    """Whether this hook runs in a step that another step of the same optimizer called."""
     frame: FrameType | None = sys._getframe(1)
-    found = 0
-    while frame is not None and found < 2:
-        found += frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer
+    depth = 0
+    while frame is not None and depth < 2:
+        depth += frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return found == 2
+    return depth == 2
 
 
 def _hooks(projector: Projector) -> tuple[Callable[..., Any], Callable[..., None]]:

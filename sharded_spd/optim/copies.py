@@ -1,6 +1,6 @@
 """Copies and pickles of an optimizer that a projector is attached to.
 
-torch keeps step hooks out of both: without more, a copy would be the plain optimizer without a word.
+torch drops step hooks from both: without this, a copy would silently be the plain optimizer.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from torch.optim import Optimizer
 
 _REDUCE = "__reduce_ex__"
 _COPIES: WeakSet[Optimizer] = WeakSet()
-"""Those that have not warned yet."""
+"""Copies that have not warned yet."""
 
 
 class CopyWatch:
-    """While it is on, deepcopies and pickles of an optimizer are made by `_reduced`."""
+    """While active, deepcopies and pickles of an optimizer are made by `_reduced`."""
 
-    def __init__(self, own: MutableMapping[str, Any]) -> None:
-        self._own = own
+    def __init__(self, attributes: MutableMapping[str, Any]) -> None:
+        self._attributes = attributes
 
     def remove(self) -> None:
-        """Copies are made as torch makes them again."""
-        self._own.pop(_REDUCE, None)
+        """Let torch make copies again."""
+        self._attributes.pop(_REDUCE, None)
 
 
 def watch_copies(optimizer: Optimizer) -> CopyWatch:
-    """Have deepcopies and pickles of `optimizer` warn at their first step that they are plain.
+    """Make deepcopies and pickles of `optimizer` warn at their first step that they are plain.
 
-    A shallow `copy.copy` asks the class alone and goes unseen.
+    A shallow `copy.copy` only asks the class and goes unnoticed.
     """
     _COPIES.discard(optimizer)
-    itself = ref(optimizer)  # found in its own attributes, a strong reference would keep it alive
+    weak = ref(optimizer)  # a strong reference in its own attributes would keep it alive
 
     def reduce(protocol: Any) -> Any:
-        return _reduced(itself(), protocol)
+        return _reduced(weak(), protocol)
 
     optimizer.__dict__[_REDUCE] = reduce
     return CopyWatch(optimizer.__dict__)

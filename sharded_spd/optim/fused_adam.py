@@ -27,7 +27,7 @@ _EXACT = (torch.float32, torch.float64)
 def may_fuse(optimizer: Optimizer) -> bool:
     """Whether the groups ask for what the kernels do: Adam without a scaler, and pulls.
 
-    Without any strength it is torch's own step that is asked for, to the last bit.
+    Without any strength, the step must equal torch's own to the last bit.
     """
     if not any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] for g in optimizer.param_groups):
         return False
@@ -44,7 +44,7 @@ def _plain(group: Mapping[str, Any]) -> bool:
 def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> set[Tensor]:
     """Step the parameters that the kernels can (modified in place), and give their sums to `step`.
 
-    What comes back are these parameters; torch has to step the others. `gathered` is one entry per group.
+    Returns these parameters; torch must step the others. `gathered` has one entry per group.
     """
     slices: list[LocalSlice] = []
     moments: list[Moments] = []
@@ -58,8 +58,8 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
         for i, state in _states(group, lists, fusable):
             param, pieces = lists[0][i], fusable[lists[0][i]]
             done.add(param)
-            whole = (param, *(kind[i] for kind in lists[2:5] if kind))
-            outer += [t for t in whole if isinstance(t, DTensor)]
+            tensors = (param, *(kind[i] for kind in lists[2:5] if kind))
+            outer += [t for t in tensors if isinstance(t, DTensor)]
             counts.append(lists[5][i])
             num_slices.append(len(pieces))
             slices += pieces
@@ -68,7 +68,7 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
             numbers.append(_numbers(group, counts, num_slices, slices[-1].tensors.weight.device))
     if slices:
         step.adam_(slices, moments, torch.cat(numbers))
-        # A DTensor and its local tensor count apart, and it is the DTensor that autograd has saved.
+        # A DTensor and its local tensor have separate version counters; autograd saves the DTensor's.
         increment_version(outer)
     return done
 
@@ -76,10 +76,10 @@ def fused_adam(optimizer: Optimizer, step: Step, gathered: Sequence[Lists]) -> s
 def _states(
     group: Mapping[str, Any], lists: Lists, fusable: Mapping[Tensor, Sequence[LocalSlice]]
 ) -> list[tuple[int, Moments]]:
-    """Of a group's parameters those that the kernels step, by their place, with this rank's moments."""
+    """The parameters of a group that the kernels step, by index, with this rank's moments."""
     params, _, *states, steps = lists
     fixed = not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"], group["eps"]))
-    # Half precision is stepped in it where torch's fused step is not asked for.
+    # Without fused=True, torch's Adam steps half-precision parameters in half precision.
     places = [
         i
         for i, param in enumerate(params)
@@ -88,14 +88,14 @@ def _states(
     kinds = [kind for kind in states if kind]
     local = local_tensors([kind[i] for i in places for kind in kinds])
     rows = [local[at : at + len(kinds)] for at in range(0, len(local), max(len(kinds), 1))]
-    found: dict[Backend, list[tuple[int, list[Tensor]]]] = {}
+    by_backend: dict[Backend, list[tuple[int, list[Tensor]]]] = {}
     for i, row in zip(places, rows, strict=True):
         if len({t.dtype for t in row}) == 1:
-            found.setdefault(fusable[params[i]][0].backend, []).append((i, row))
+            by_backend.setdefault(fusable[params[i]][0].backend, []).append((i, row))
     taken = []
-    for backend, own in found.items():
-        all_taken = backend.takes(*(t for _, row in own for t in row))
-        taken += own if all_taken else [(i, row) for i, row in own if backend.takes(*row)]
+    for backend, entries in by_backend.items():
+        all_taken = backend.takes(*(t for _, row in entries for t in row))
+        taken += entries if all_taken else [(i, row) for i, row in entries if backend.takes(*row)]
     return [(i, Moments(*row)) for i, row in sorted(taken, key=lambda entry: entry[0])]
 
 
@@ -104,7 +104,7 @@ def _numbers(
 ) -> Tensor:
     """Count the step (`counts` are modified in place), and give each slice its row of Adam's numbers."""
     if counts[0].is_cpu:
-        # By a tensor, as torch does on CPU: a number would be made a tensor once per parameter.
+        # Add a tensor, as torch does on CPU: a number would be converted once per parameter.
         torch._foreach_add_(counts, torch.ones(()), alpha=1.0)
         numbers = _on_host(group, torch.stack(counts).tolist(), num_slices)
         return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
@@ -113,19 +113,19 @@ def _numbers(
 
 
 def _on_host(group: Mapping[str, Any], counts: Sequence[float], num_slices: Sequence[int]) -> Tensor:
-    made: dict[float, bytes] = {}
+    by_count: dict[float, bytes] = {}
     beta1, beta2 = group["betas"]
     rows = []
     for count, num in zip(counts, num_slices, strict=True):
-        if count not in made:
+        if count not in by_count:
             step_size, root = group["lr"] / (1 - beta1**count), math.sqrt(1 - beta2**count)
-            made[count] = struct.pack("=5d", beta1, beta2, group["eps"], step_size, root)
-        rows.append(made[count] * num)
+            by_count[count] = struct.pack("=5d", beta1, beta2, group["eps"], step_size, root)
+        rows.append(by_count[count] * num)
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float64).view(-1, len(ADAM_NUMBERS))
 
 
 def _on_device(group: Mapping[str, Any], counts: Tensor, num_slices: Sequence[int]) -> Tensor:
-    """The same where the counts are on a device, as with torch's fused and capturable steps: no waiting."""
+    """The same for counts on a device, as with torch's fused and capturable steps: no host sync."""
     counts = counts.double()
     beta1, beta2, eps, lr = (
         x.to(counts.device, torch.float64) if isinstance(x, Tensor) else torch.full_like(counts[:1], x)

@@ -1,4 +1,4 @@
-"""What AdamSPD takes out of a user's param group, and what it keeps true in its own."""
+"""AdamSPD's param groups: what it takes out of a user's group, and what it checks in its own."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def take_group(
     `names` are the model's, where it is known; `others` the groups before this one.
 
     Raises:
-        ConfigError: an unknown rule or anchor.
-        AnchorError: `pre` of another length than `params`, which no names can pair.
-        BindingError: `param_names` of another length than `params`, and no model to ask.
+        ConfigError: a rule or an anchor is unknown.
+        AnchorError: `pre` has another length than `params`, and no names pair them.
+        BindingError: `param_names` has another length than `params`, and there is no model.
     """
     params = group["params"]
     if not isinstance(params, set):  # torch refuses a set
@@ -52,7 +52,7 @@ def take_group(
         if missing:
             raise AnchorError(f"group {number}: layer {missing[0]!r} is not in the group's 'param_names'")
         pre = [by_name[str(name)] for name in true]
-    # A rank without a share cannot tell whether the list is that of one parameter per rank.
+    # A rank without parameters cannot know how long the list should be.
     if pre is not None and len(pre) != len(params) and params:
         raise AnchorError(
             f"group {number} has {len(params)} parameters but {len(pre)} anchors in 'pre' {_SHARES}; wanted "
@@ -61,7 +61,7 @@ def take_group(
         )
     check_scalars(group)
     rule, source = make_rule(group["rule"]), "zero" if zero_pre else group["anchor"]
-    # Equal rules are one: the projector settles all layers of an instance at once.
+    # Share one instance of equal rules: the projector handles all layers of an instance at once.
     rule = next((s.rule for s in others if s.rule == rule), rule)
     anchor = open_source("snapshot" if pre is not None else source)
     if pre is not None:
@@ -83,7 +83,7 @@ def _take_pre(group: dict[str, Any]) -> list[Any] | None:
 
 
 def check_scalars(group: Mapping[str, Any]) -> None:
-    """Refuse a group's hyper-parameters out of range; tensors are not read."""
+    """Refuse hyper-parameters out of range; tensors are not read."""
     for key in ("lr", "eps", "weight_decay"):
         _check_range(key, group[key], 0, math.inf)
     for i, beta in enumerate(group["betas"]):
@@ -98,7 +98,7 @@ def _check_range(key: str, value: Any, low: float, high: float) -> None:
 
 
 def group_rests(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
-    """Whether a group asks nothing of its anchors; see `rests`."""
+    """Whether a group does not need its anchors; see `rests`."""
     return rests(LayerSettings(rule=spec.rule, anchor=spec.anchor), group)
 
 
@@ -112,11 +112,11 @@ def fuses_decay(spec: GroupSpec, group: Mapping[str, Any]) -> bool:
 def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> None:
     """Compare a group's fingerprint, "HASH/LAYERS/NAMED:HASH OF THE VALUES", with the one in a checkpoint.
 
-    Where one of the two was made without names the values count alone. One of fewer layers than the group has
-    parameters is of one rank's share only, and tells nothing.
+    If one of the two was made without names, only the values count. A fingerprint of fewer layers than the
+    group has parameters covers only one rank's share, and proves nothing.
 
     Raises:
-        AnchorError: where they differ.
+        AnchorError: they differ.
     """
     theirs, mine = saved.split("/"), own.split("/")
     if theirs[0] == mine[0] or num_layers(saved, num_params) < num_params:
@@ -134,7 +134,7 @@ def check_fingerprint(saved: str, own: str, *, group: int, num_params: int) -> N
 
 
 def num_layers(fingerprint: str, unknown: int = 0) -> int:
-    """How many layers a group's fingerprint is of."""
+    """The number of layers that a group's fingerprint covers."""
     count = fingerprint.partition("/")[2].partition("/")[0]
     return int(count) if count.isdigit() else unknown
 
@@ -147,10 +147,10 @@ def compare_groups(
 ) -> list[str | None]:
     """Compare the fingerprints in a checkpoint's groups with an optimizer's `prints`.
 
-    What comes back is for each group the fingerprint that is to be compared once its lambda is positive.
+    Returns for each group the fingerprint to compare once its lambda is positive.
 
     Raises:
-        AnchorError: where they differ.
+        AnchorError: they differ.
     """
     left: list[str | None] = [None] * len(specs)
     for g, (saved, own, group, spec) in enumerate(zip(saved_groups, prints, groups, specs, strict=False)):
@@ -171,52 +171,52 @@ def under_own_names(
     specs: Sequence[GroupSpec],
     names: Mapping[Tensor, str],
 ) -> Mapping[str, Any]:
-    """A projector's state by the layers' `names` here, where only one of the two optimizers has true ones.
+    """A projector's state under the layers' `names` here, if only one of the optimizers has true names.
 
-    As it is unless the groups' anchors have the same values: the fingerprint by names, which cannot be
-    compared then, is left out.
+    Unchanged unless the groups' anchors have the same values. The fingerprint, which includes the names and
+    so cannot be compared, is left out.
     """
     own = [spec.shown.get("anchor_fingerprint", "").partition(":") for spec in specs]
     saved = [str(group.get("anchor_fingerprint", "")).partition(":") for group in saved_groups]
     if [s[2] for s in saved] != [o[2] for o in own] or saved == own:
         return state
-    found: dict[str, str] = {}
+    here: dict[str, str] = {}
     for g, (theirs, group) in enumerate(zip(saved_groups, groups, strict=True)):
         given = clean_fqns(list(theirs.get("param_names", ())))
         for i, param in enumerate(group["params"]):
-            found[given[i] if i < len(given) else made_up_name(g, i)] = names.get(param, "")
-    if not all(found.get(fqn) for fqn in state["layers"]):
+            here[given[i] if i < len(given) else made_up_name(g, i)] = names.get(param, "")
+    if not all(here.get(fqn) for fqn in state["layers"]):
         return state
-    return {**state, "fingerprint": "", "layers": {found[fqn]: v for fqn, v in state["layers"].items()}}
+    return {**state, "fingerprint": "", "layers": {here[fqn]: v for fqn, v in state["layers"].items()}}
 
 
 def count_layers(group: Mapping[str, Any]) -> int:
-    """How many of a group's parameters are layers."""
+    """The number of a group's parameters that are layers."""
     return sum(not is_left_alone(p) for p in group["params"])
 
 
 def listed(params: Any) -> tuple[Any, Exception | None]:
-    """The parameters, read once if they come one by one, and what went wrong then."""
+    """The parameters, with iterators read once into lists, and the error of reading them."""
     if isinstance(params, (Tensor, Mapping)):
         return params, None  # torch says what is wrong
     try:
-        found = list(params)
-        for i, group in enumerate(found):
+        entries = list(params)
+        for i, group in enumerate(entries):
             if isinstance(group, Mapping) and isinstance(group.get("params"), Iterator):
-                found[i] = {**group, "params": list(group["params"])}
-        return found, None
+                entries[i] = {**group, "params": list(group["params"])}
+        return entries, None
     except Exception as error:
         return [], error
 
 
 def tensors_in(params: Any) -> list[Tensor]:
-    """The tensors among parameters, named ones and groups of them, as far as there are any."""
-    found: list[Tensor] = []
+    """The tensors among parameters, named parameters and groups, if any."""
+    tensors: list[Tensor] = []
     for entry in params if isinstance(params, Sequence) else ():
         given = entry.get("params") if isinstance(entry, Mapping) else entry
         if isinstance(entry, tuple) or isinstance(given, Tensor):
             given = [entry[-1] if isinstance(entry, tuple) and entry else given]
-        found += [
+        tensors += [
             p[-1] if isinstance(p, tuple) and p else p for p in (given if isinstance(given, Sequence) else ())
         ]
-    return [p for p in found if isinstance(p, Tensor)]
+    return [p for p in tensors if isinstance(p, Tensor)]

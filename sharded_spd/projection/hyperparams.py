@@ -24,7 +24,7 @@ class HostVector:
         self._vector = torch.empty(0, dtype=dtype, device=device)
 
     def update(self, values: Sequence[float | Tensor]) -> Tensor:
-        """The vector of `values`, `[len(values)]`; no upload where they are the last ones."""
+        """The vector of `values`, `[len(values)]`; no upload if they equal the last ones."""
         on_device = {i: v for i, v in enumerate(values) if isinstance(v, Tensor) and v.device.type != "cpu"}
         vector = self.update_numbers([0.0 if i in on_device else float(v) for i, v in enumerate(values)])
         if not on_device:
@@ -35,7 +35,7 @@ class HostVector:
         return vector
 
     def update_numbers(self, numbers: list[Any]) -> Tensor:
-        """The same of host numbers alone."""
+        """The same, for host numbers only."""
         if numbers != self._host:
             self._host = numbers
             upload = torch.tensor(numbers, dtype=self._vector.dtype, pin_memory=self._device.type == "cuda")
@@ -44,7 +44,7 @@ class HostVector:
 
 
 class StepScalars(NamedTuple):
-    """What a step is told, float64 `[num_layers]` each; `moves` whether it moves any layer.
+    """The scalars of one step, float64 `[num_layers]` each; `moves`: whether it moves any layer.
 
     `moves` is as far as the host can tell: with a gradient and a learning rate.
     """
@@ -57,16 +57,16 @@ class StepScalars(NamedTuple):
 
 
 class Hyperparams:
-    """lr, lambda and the bound of the pull of each layer, and which have a gradient.
+    """Each layer's lr, lambda and pull limit, and whether it has a gradient.
 
-    Layers of one group with one setting share their scalars: each is read once.
+    Layers with the same param group and settings share their scalars: each is read once.
 
     Args:
-        column: each layer's place in the plan.
+        column: each layer's column in the plan.
         scopes: the layers of each scope of the plan.
-        device: of the plan.
+        device: the plan's device.
         binding: the layers' settings.
-        shards: what one call of the optimizer steps.
+        shards: the shards that one call of the optimizer steps.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Hyperparams:
                     scalars = (settings.weight_decay, settings.max_pull, piece.layer)
                     self._kinds.append((shard.param_group, *scalars))
                 kind_of[at], shard_of[at], decays[at] = kinds[key], position, settings.rule.spec.decays
-        # What is to be alike on the ranks of a scope: the kinds of its layers, each run of them once.
+        # What must agree between the ranks of a scope: its layers' kinds, without consecutive repeats.
         self._kinds_of_scopes = [
             [kind for kind, _ in groupby(kind_of[column[fqn]] for fqn in fqns)] for fqns in scopes
         ]
         self._last: list[Any] = []
         self.checksums: list[int] = [0] * len(scopes)
-        """Of the scalars that were read last, one per scope of the plan."""
+        """Checksums of the scalars read last, one per scope of the plan."""
         self.has_strength: list[bool] = []
         """Whether each layer may be pulled now, as far as the host can tell: lambda is not the number 0."""
         self._kinds_of_layers, self._decays = kind_of, decays
@@ -106,10 +106,10 @@ class Hyperparams:
         self._has_grad, self._has_state = HostVector(device), HostVector(device)
 
     def read(self, shards: Sequence[BoundShard]) -> StepScalars:
-        """What the param groups say now.
+        """Read the current scalars of the param groups.
 
         Raises:
-            ConfigError: for one out of range, with the name of a layer that has it.
+            ConfigError: for one out of range; names a layer that has it.
         """
         values: list[tuple[Any, Any, Any]] = []
         for group, weight_decay, max_pull, layer in self._kinds:
@@ -138,7 +138,7 @@ class Hyperparams:
             ]
 
     def settings(self) -> dict[str, Any]:
-        """The scalars that were read last, by the first layer that has them; for messages."""
+        """The scalars read last, keyed by the first layer that has them; for error messages."""
         return {
             f"{name} of {layer!r}": value
             for (*_, layer), scalars in zip(self._kinds, self._last, strict=False)
@@ -151,15 +151,15 @@ class Hyperparams:
 
 
 def _told(value: Any) -> float | None:
-    """A scalar as the ranks compare it; None for one that the host would have to wait for."""
+    """A scalar as ranks compare it; None if the host would have to wait for it."""
     return None if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _check(fqn: str, lr: Any, weight_decay: Any, max_pull: Any) -> None:
-    """Whether a step's live scalars of one layer can be used.
+    """Check the scalars of one layer for a step.
 
     Raises:
-        UnsupportedError: where its param group has no learning rate.
+        UnsupportedError: its param group has no learning rate.
         ConfigError: for a strength or a limit out of range.
     """
     if lr is None:

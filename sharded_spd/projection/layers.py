@@ -1,6 +1,6 @@
-"""What stays the same from step to step: whose columns are whose, and what is summed over whom.
+"""What stays the same from step to step: each layer's column, and the scopes over which columns are summed.
 
-A table is of the layers of one inner step, in the engine's order, which is the same on all ranks.
+A table covers the layers of one inner step, in the engine's order, which is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Key = tuple[Phase, Statistic]
 
 @dataclass(slots=True, eq=False)
 class RuleLayers:
-    """The layers of a table that one rule governs: their columns, and their rows one after the other.
+    """The layers of a table that share one rule: their columns, and their rows, concatenated.
 
-    `number` is its place among the table's. `early`: its statistics before the step are needed ahead of the
-    base step; `early_keys` are reduced there, `late_keys` after the base step.
+    `number` is its index in the table. `early`: its `before` statistics are needed ahead of the base step;
+    `early_keys` are reduced there, `late_keys` after the base step.
     """
 
     number: int
@@ -47,7 +47,7 @@ class RuleLayers:
     late_keys: list[Key] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Sort the rule's statistics."""
+        """Split the rule's statistics into early and late keys."""
         spec = self.rule.spec
         self.early = spec.edits_grad or (spec.when == "before" and bool(spec.before))
         before: list[Key] = [("before", s) for s in spec.before]
@@ -57,16 +57,16 @@ class RuleLayers:
 
     @property
     def has_row_stats(self) -> bool:
-        """Whether any of its statistics is per row."""
+        """Whether any statistic is per row."""
         return any(s.per == "row" for s in (*self.rule.spec.before, *self.rule.spec.after))
 
 
 @dataclass(slots=True)
 class ScopeIndex:
-    """A scope's layers and columns of the table, and its rows of each rule; `index` among all scopes.
+    """A scope's layers and columns in the table, and its rows of each rule; `index` counts all scopes.
 
-    `words` is what this rank tells the others beside the sums. `on_host`: the sums have to be carried to the
-    device that the group works on.
+    `words`: what this rank sends beside the sums. `on_host`: the sums must be copied to the device that the
+    group works on.
     """
 
     index: int
@@ -86,7 +86,7 @@ class LayerTable:
         self.device = device
         self.column = {fqn: i for i, fqn in enumerate(self.fqns)}
         self.rules = self._make_rules(binding)
-        self.layers_of = {fqn: (own, i) for own in self.rules for i, fqn in enumerate(own.fqns)}
+        self.layers_of = {fqn: (rule, i) for rule in self.rules for i, fqn in enumerate(rule.fqns)}
         self.scopes = self._make_scopes(binding)
         self.early_keys = list(dict.fromkeys(key for rule in self.rules for key in rule.early_keys))
         self.late_keys = list(dict.fromkeys(key for rule in self.rules for key in rule.late_keys))
@@ -95,16 +95,16 @@ class LayerTable:
         self.pieces: dict[str, ShardSlice] = {}
         self.shard_states: dict[str, dict[str, Tensor]] = {}
         self.reports: dict[int, dict[str, Tensor]] = {}
-        """What the last step found for the layers of each rule, on the device; by the rule's number."""
+        """What each rule reported for its layers in the last step, on the device; by the rule's number."""
         self.frozen: set[str] = set()
-        """Layers that were frozen, and without a gradient, in the last step."""
+        """Layers that were frozen and had no gradient in the last step."""
 
     def _make_rules(self, binding: Binding) -> list[RuleLayers]:
         by_rule: dict[int, tuple[Rule, list[str]]] = {}
         for fqn in self.fqns:
             rule = binding.options[fqn].rule
             by_rule.setdefault(id(rule), (rule, []))[1].append(fqn)
-        made: list[RuleLayers] = []
+        rule_layers: list[RuleLayers] = []
         for rule, fqns in by_rule.values():
             shapes = [binding.layout.shapes[fqn] for fqn in fqns]
             lengths = [row_count(shape) for shape in shapes]
@@ -116,10 +116,10 @@ class LayerTable:
                 LayerInfo(fqn, shape, binding.layout.order) for fqn, shape in zip(fqns, shapes, strict=True)
             ]
             state = {name: t.to(self.device, copy=True) for name, t in rule.prepare(infos).items()}
-            made.append(
-                RuleLayers(len(made), rule, tuple(fqns), columns, row_lengths, ranges, ends[-1], state)
+            rule_layers.append(
+                RuleLayers(len(rule_layers), rule, tuple(fqns), columns, row_lengths, ranges, ends[-1], state)
             )
-        return made
+        return rule_layers
 
     def _make_scopes(self, binding: Binding) -> list[ScopeIndex]:
         scopes = []
@@ -146,7 +146,7 @@ class LayerTable:
         return scopes
 
     def prepare_shard_states(self, binding: Binding, shards: Sequence[BoundShard]) -> None:
-        """Make the rules' state of every slice, `[piece.numel]` each, zero at first; at least float32."""
+        """Allocate every slice's rule state: zeros `[piece.numel]`, at least float32."""
         for shard in shards:
             for piece in shard.slices:
                 self.pieces[piece.layer] = piece

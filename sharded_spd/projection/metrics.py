@@ -1,4 +1,4 @@
-"""What a run tells of its steps: numbers of the last one, JSON lines, warnings."""
+"""Telemetry of a run's steps: numbers of the last one, JSON lines, warnings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Monitor:
         self._counter.start(number)
 
     def open(self, first: bool) -> None:
-        """Make sure that the file can be written; `first`: on this rank, which has it.
+        """Check that the file can be written; only the `first` rank writes it.
 
         Raises:
             ConfigError: it cannot be opened.
@@ -56,7 +56,7 @@ class Monitor:
             self._log = JsonLines(self._path)
         except OSError as error:
             raise ConfigError(
-                f"telemetry.path: {self._path} cannot be opened to add lines to: {error.strerror}; give a "
+                f"telemetry.path: {self._path} cannot be opened for appending: {error.strerror}; give a "
                 "file that the first rank can write"
             ) from error
 
@@ -65,7 +65,7 @@ class Monitor:
         self._counter.note(moves, skipped)
 
     def step(self, plans: Sequence[LayerTable], norms: Mapping[str, float]) -> None:
-        """Note that an engine step is done; one in which nothing moved, as far as the host knows, is none."""
+        """End an engine step; it does not count if nothing moved, as far as the host knows."""
         if not self._counter.step():
             return
         self._watch(plans)
@@ -73,7 +73,7 @@ class Monitor:
             self._write(self._log, self.metrics(plans, norms))
 
     def _write(self, log: JsonLines, record: Mapping[str, Any]) -> None:
-        """No rank may end its training, and leave the others waiting, because a disk is full."""
+        """Warn, not raise: a full disk must not end one rank's training and leave the others waiting."""
         try:
             log.write(record)
         except OSError as error:
@@ -84,7 +84,7 @@ class Monitor:
     def metrics(
         self, plans: Sequence[LayerTable], norms: Mapping[str, float], ranks: ProcessGroup | None = None
     ) -> dict[str, Any]:
-        """Numbers of the last engine step, of the layers of all `ranks` together; waits for the device."""
+        """Numbers of the last engine step, for the layers of all `ranks`; waits for the device."""
         reports = [
             (layers.fqns, plan.reports[layers.number])
             for plan in plans
@@ -95,14 +95,14 @@ class Monitor:
         return {"step": self.num_steps, **summarize(union(numbers_of(reports, norms, frozen), ranks))}
 
     def _watch(self, plans: Sequence[LayerTable]) -> None:
-        """Warn once of a pull beyond 1; on a GPU some steps late rather than wait for it."""
+        """Warn once about a pull above 1; on a GPU some steps late, without waiting."""
         if self._warned:
             return
         reports = [
             report["s"].nan_to_num(nan=0.0).max() for plan in plans for report in plan.reports.values()
         ]
         if reports and reports[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # an event must not be asked for while a graph is captured
+            return  # events must not be queried during graph capture
         if reports:
             self._excess.post(
                 torch.stack([s.to(reports[0].device, non_blocking=True) for s in reports]).max()
@@ -114,14 +114,14 @@ class Monitor:
 
 
 class LateScalar:
-    """A number that is computed on the device now and read on the host later, without waiting for it."""
+    """A number computed on the device now and read on the host later, without waiting."""
 
     def __init__(self) -> None:
         self._copy: Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
     def post(self, value: Tensor) -> None:
-        """Start copying a 0-d tensor; a copy under way is left to finish first."""
+        """Start copying a 0-d tensor; a no-op while a copy is under way."""
         if self._copy is not None:
             return
         if value.device.type == "cuda":
@@ -142,18 +142,18 @@ class LateScalar:
 
 
 class StepCounter:
-    """Engine steps in which something moved; what a scaler skipped is counted on the device."""
+    """Counts engine steps in which something moved; a scaler's skips are counted on the device."""
 
     def __init__(self) -> None:
         self.seen = 0
-        """The same, with those that were skipped as only a GPU knows."""
+        """The same, plus those that only the GPU knows were skipped."""
         self._known = 0
         self._on_device: Tensor | None = None
         self._moved = False
         self._skipped: list[Tensor] = []
 
     def start(self, number: int) -> None:
-        """Count on from `number`."""
+        """Continue counting from `number`."""
         self.seen = self._known = number
         self._on_device = None
 
@@ -168,7 +168,7 @@ class StepCounter:
         self._moved |= moves and skipped is None
 
     def step(self) -> bool:
-        """End the engine step; whether something moved in it, True where the host cannot tell."""
+        """End the engine step; return whether something moved in it, True if the host cannot tell."""
         moved, skipped = self._moved, self._skipped
         self._moved, self._skipped = False, []
         if not moved and skipped:
@@ -177,7 +177,7 @@ class StepCounter:
             if not first.is_cuda:
                 moved = bool(moving)
             elif torch.cuda.is_current_stream_capturing():
-                moved = True  # what a graph holds is not run now
+                moved = True  # a captured graph does not run now
             else:
                 total = (
                     self._on_device
@@ -193,9 +193,9 @@ class StepCounter:
 
 
 def is_first(groups: Sequence[ProcessGroup]) -> bool:
-    """Whether this rank has the lowest number of all that `groups` connect; collective over them.
+    """Whether this is the lowest of the ranks that `groups` connect; collective over them.
 
-    Without groups: of all ranks of the job, among which may be replicas that nothing tells of.
+    Without groups: the lowest of the job, which may contain replicas that no group shows.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     return rank == (flood([(rank,)], groups)[0][0] if groups else 0)
@@ -203,12 +203,12 @@ def is_first(groups: Sequence[ProcessGroup]) -> bool:
 
 @torch.no_grad()
 def measure_deviation(binding: Binding, shards: Sequence[BoundShard]) -> tuple[list[str], Tensor]:
-    """The layers that have an anchor, and this rank's part of |w - w0|^2 now, float64 `[num_layers]`.
+    """The anchored layers, and this rank's share of |w - w0|^2 now, float64 `[num_layers]`.
 
-    NaN for a frozen layer that was loaded since it was bound.
+    NaN for a frozen layer that was loaded after binding.
 
     Raises:
-        AnchorError: where the file of an anchor on disk has changed.
+        AnchorError: the file of an on-disk anchor has changed.
     """
     binding.check_files()
     pieces = {p.layer: (shard, p) for shard in shards for p in shard.slices if p.layer in binding.held}
@@ -240,7 +240,7 @@ def numbers_of(
         reports: for each rule, its layers' FQNs and `[num_layers]` tensors: "s" (NaN: the rule has none per
             layer, and the activation rate leaves them out), "nonfinite" and what the rule adds.
         norms: |w0| of each layer.
-        frozen: layers that are left out, since only some engines have them in their optimizer.
+        frozen: layers to leave out: only some engines have them in their optimizer.
     """
     flat = [t.double() for _, report in reports for t in report.values()]
     numbers = iter(torch.cat([t.to(flat[0].device) for t in flat]).tolist() if flat else [])
@@ -249,24 +249,24 @@ def numbers_of(
         for name in report:
             for fqn in fqns:
                 layers.setdefault(fqn, {})[name] = next(numbers)
-    for fqn, own in layers.items():
-        own["norm"] = norms.get(fqn, 0.0)
-    return {fqn: own for fqn, own in layers.items() if fqn not in frozen}
+    for fqn, values in layers.items():
+        values["norm"] = norms.get(fqn, 0.0)
+    return {fqn: values for fqn, values in layers.items() if fqn not in frozen}
 
 
 def summarize(numbers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What `numbers_of` gave, of one rank or of several together, and the same of the whole model."""
-    layers = {fqn: dict(own) for fqn, own in numbers.items()}
-    nonfinite = [fqn for fqn, own in layers.items() if own.pop("nonfinite", 0.0)]
-    norms = {fqn: own.pop("norm") for fqn, own in layers.items()}
-    for fqn, own in layers.items():
-        if math.isnan(own.get("deviation", 0.0)):  # it did not step
-            del own["deviation"]
-        if "deviation" in own and norms[fqn] > 0:
-            own["deviation_rel"] = own["deviation"] / norms[fqn]
-        if math.isnan(own["s"]):
-            del own["s"]
-    pulls = [own["s"] for own in layers.values() if "s" in own]
+    """The output of `numbers_of`, of one rank or several merged, with totals for the whole model."""
+    layers = {fqn: dict(values) for fqn, values in numbers.items()}
+    nonfinite = [fqn for fqn, values in layers.items() if values.pop("nonfinite", 0.0)]
+    norms = {fqn: values.pop("norm") for fqn, values in layers.items()}
+    for fqn, values in layers.items():
+        if math.isnan(values.get("deviation", 0.0)):  # it did not step
+            del values["deviation"]
+        if "deviation" in values and norms[fqn] > 0:
+            values["deviation_rel"] = values["deviation"] / norms[fqn]
+        if math.isnan(values["s"]):
+            del values["s"]
+    pulls = [values["s"] for values in layers.values() if "s" in values]
     rate = sum(s > 0 for s in pulls) / max(len(pulls), 1)
     summary: dict[str, Any] = {
         "num_layers": len(layers),
@@ -274,10 +274,10 @@ def summarize(numbers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         "pulls_above_one": sum(s > 1 for s in pulls),
         "nonfinite_layers": nonfinite,
     }
-    deviations = [own["deviation"] for own in layers.values() if "deviation" in own]
+    deviations = [values["deviation"] for values in layers.values() if "deviation" in values]
     if deviations:
         summary["deviation"] = math.sqrt(sum(d * d for d in deviations))
-        total = math.sqrt(sum(norms[fqn] ** 2 for fqn, own in layers.items() if "deviation" in own))
+        total = math.sqrt(sum(norms[fqn] ** 2 for fqn, values in layers.items() if "deviation" in values))
         if total > 0:
             summary["deviation_rel"] = summary["deviation"] / total
     return {**summary, "layers": layers}
@@ -296,7 +296,7 @@ class JsonLines:
         """Append one record; the file is closed again, so that a killed run loses nothing written.
 
         Raises:
-            OSError: where it cannot be written; what was there is as it was.
+            OSError: it cannot be written; the file stays as it was.
         """
         line = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
         with open(self._path, "ab", buffering=0) as file:

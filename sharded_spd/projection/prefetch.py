@@ -1,7 +1,7 @@
-"""Anchors in host memory on their way to the device: the next piece is copied while one is worked on.
+"""Prefetch of anchors from host memory: the next piece is copied to the device while one is in use.
 
-The work goes through the slices in order, chunk by chunk. So whoever asks for one piece will want the one
-behind it next: its copy is started on a stream of its own, into the buffer that the piece before has left.
+The work goes through the slices in order, chunk by chunk. So a request for one piece also starts the copy of
+the next, on a side stream, into the buffer that the previous piece has left.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from sharded_spd.anchors.base import Values
 from sharded_spd.rules.statistics import CHUNK
 
 PIECE_BYTES = 8 << 20
-"""Bytes that are copied at a time at most; two such buffers are on each device while a step is under way."""
+"""Most bytes copied at a time; each device holds two such buffers during a step."""
 
 
 class Carrier(Protocol):
-    """What moves a piece into one of two buffers on the device."""
+    """Copies pieces into two buffers on the device."""
 
     @property
     def device(self) -> torch.device:
-        """Where to."""
+        """The target device."""
         ...
 
     def start(self, slot: int, piece: Tensor) -> None:
-        """Begin to copy into a buffer, once the work that has been asked for with its old piece is done."""
+        """Start to copy into a buffer, after the work that is enqueued on its old piece."""
         ...
 
     def wait(self, slot: int) -> Tensor:
-        """The piece in a buffer; the work that is asked for from now on waits for its copy."""
+        """The piece in a buffer; work enqueued from now on waits for its copy."""
         ...
 
 
@@ -80,7 +80,7 @@ class AnchorChunk:
         return other is not None and other.values is self.values and other.begin == self.begin
 
     def holds(self, begin: int, end: int) -> bool:
-        """Whether a cut lies within."""
+        """Whether `[begin, end)` lies within."""
         return self.begin <= begin and end <= self.end
 
 
@@ -98,15 +98,15 @@ class Lane:
         return self._carrier.device
 
     def get(self, piece: AnchorChunk, following: AnchorChunk | None) -> Tensor:
-        """A piece on the device, good until the second one after it is asked for; starts to copy the next."""
+        """A piece on the device, valid until the second request for another; starts to copy the next."""
         if not piece.is_in(self._slots[self._last]):
             self._last = 1 - self._last
             if not piece.is_in(self._slots[self._last]):
                 self._start(self._last, piece)
-        found = self._carrier.wait(self._last)
+        buffer = self._carrier.wait(self._last)
         if following is not None and not following.is_in(self._slots[1 - self._last]):
             self._start(1 - self._last, following)
-        return found
+        return buffer
 
     def _start(self, slot: int, piece: AnchorChunk) -> None:
         self._slots[slot] = piece
@@ -114,18 +114,18 @@ class Lane:
 
 
 class Ahead:
-    """Values in host memory that are seen on the device; see `Values`. `after` are those asked for next."""
+    """Values in host memory, read on the device; see `Values`. `after` are the values needed next."""
 
     def __init__(self, values: Values, lane: Lane, after: Ahead | None) -> None:
         self._values = values
         self._lane = lane
         self._after = after
-        # Whole chunks, so that none lies in two pieces.
+        # A multiple of CHUNK, so that no chunk spans two pieces.
         self._step = max(PIECE_BYTES // values.dtype.itemsize // CHUNK, 1) * CHUNK
 
     @property
     def dtype(self) -> torch.dtype:
-        """As in host memory."""
+        """The dtype in host memory."""
         return self._values.dtype
 
     @property
@@ -134,43 +134,43 @@ class Ahead:
         return self._lane.device
 
     def numel(self) -> int:
-        """How many there are."""
+        """The number of values."""
         return self._values.numel()
 
     def piece(self, begin: int) -> AnchorChunk | None:
-        """The piece in which `begin` lies; the first of those after where there are no more."""
+        """The piece that contains `begin`; past the end, the first of `after`."""
         start = begin // self._step * self._step
         if start < self.numel():
             return AnchorChunk(self._values, start, min(start + self._step, self.numel()))
         return self._after.piece(0) if self._after is not None else None
 
     def __getitem__(self, cut: slice, /) -> Tensor:
-        """A chunk on the device; to be used before the second piece after it is asked for."""
+        """A chunk on the device, valid until the second request for another piece."""
         begin, end, _ = cut.indices(self.numel())
         piece = self.piece(begin)
         if piece is None or piece.values is not self._values or not piece.holds(begin, end):
             return self._values[cut].to(self.device, non_blocking=True)
-        found = self._lane.get(piece, self.piece(piece.begin + self._step))
-        return found[begin - piece.begin : end - piece.begin]
+        buffer = self._lane.get(piece, self.piece(piece.begin + self._step))
+        return buffer[begin - piece.begin : end - piece.begin]
 
 
 _lanes: WeakValueDictionary[torch.device, Lane] = WeakValueDictionary()
 
 
 def ahead(wanted: Sequence[tuple[Values | None, torch.device]]) -> list[Values | None]:
-    """For values and where each is needed, in the order of the work: what can be asked for them there.
+    """Wrap values so that they can be read on the device that needs each, in the order of the work.
 
-    The same values where they are there already, or where there is no stream to copy on.
+    Values that are there already, or have no stream to copy on, stay as they are.
     """
-    found: list[Values | None] = []
+    result: list[Values | None] = []
     nexts: dict[torch.device, Ahead] = {}
     for values, device in reversed(wanted):
         if values is None or values.numel() == 0 or device.type != "cuda" or values.device == device:
-            found.append(values)
+            result.append(values)
             continue
         lane = _lanes.get(device)
         if lane is None:
             lane = _lanes[device] = Lane(CudaCarrier(device))
         nexts[device] = Ahead(values, lane, nexts.get(device))
-        found.append(nexts[device])
-    return found[::-1]
+        result.append(nexts[device])
+    return result[::-1]

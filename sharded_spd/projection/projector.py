@@ -1,4 +1,4 @@
-"""The projector: what stands between an engine's optimizer step and the rules."""
+"""The projector: connects an engine's optimizer step with the rules."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from sharded_spd.sharding.reductions import sum_over_scopes_
 
 
 class Removable(Protocol):
-    """What `detach` takes off again: a hook's handle, for one."""
+    """What `detach` removes, such as a hook's handle."""
 
     def remove(self) -> None:
-        """Take it off."""
+        """Remove it."""
         ...
 
 
 _STEPPED = "the projector's state is of a run that has stepped"
 _BINDS = "called bind() (AdamSPD.add_param_group binds, too)"
 SavedState = tuple[int, Moves]
-"""A number of steps, and where each part of the rules' state is to go."""
+"""A number of steps, and the moves that restore the rules' state."""
 
 
 class Projector(Stepper):
     """Projects the layers of one or more optimizers toward their anchors around every step.
 
-    A `torch.distributed.checkpoint` `Stateful`. Made by `attach` and `AdamSPD`, not by hand.
+    A `torch.distributed.checkpoint` `Stateful`. Created by `attach` and `AdamSPD`, not by hand.
     """
 
     def __init__(
@@ -88,70 +88,70 @@ class Projector(Stepper):
 
     @property
     def fingerprints(self) -> dict[str, tuple[int, ...]]:
-        """The fingerprint of each layer's anchor, also of layers that only other ranks have."""
+        """The fingerprint of each layer's anchor, including layers that only other ranks have."""
         binding = self._require()
         return {**binding.elsewhere, **binding.fingerprints}
 
     def anchor_names(self) -> dict[str, str | None]:
-        """The tensor of its file that each layer is anchored at; None: at zero. Without other anchors."""
+        """By layer, its anchor's tensor in the file; None: zero. Layers with other anchors are left out."""
         return self._require().names
 
     def group_fingerprints(
         self, optimizer: Optimizer, ranks: ProcessGroup | None = None, binding: Binding | None = None
     ) -> list[str]:
-        """The anchors' fingerprint of each param group over all `ranks` together.
+        """The anchors' fingerprint of each param group over all `ranks`.
 
-        "HASH/LAYERS/NAMED:HASH", the second hash that of the values without the layers' names, NAMED "named"
-        or "unnamed"; of a `binding` that is not in force yet, where one is given.
+        "HASH/LAYERS/NAMED:HASH": the second hash is of the values without the layers' names, NAMED is "named"
+        or "unnamed". `binding` may be one that is not in force yet.
         """
-        known = (self._require() if binding is None else binding).fingerprints
+        fingerprints = (self._require() if binding is None else binding).fingerprints
         number = {id(group): str(g) for g, group in enumerate(optimizer.param_groups)}
         layers = {
-            f"{number[id(shard.param_group)]} {piece.layer}": known[piece.layer]
+            f"{number[id(shard.param_group)]} {piece.layer}": fingerprints[piece.layer]
             for shard in self._adapter.bind(optimizer, grads=False)
             for piece in shard.slices
-            if piece.layer in known
+            if piece.layer in fingerprints
         }
         groups: list[dict[str, tuple[int, ...]]] = [{} for _ in number]
         for key, prints in union(layers, ranks).items():
-            g, _, fqn = key.partition(" ")
-            groups[int(g)][fqn] = prints
+            index, _, fqn = key.partition(" ")
+            groups[int(index)][fqn] = prints
         named = "named" if self._adapter.named else "unnamed"
-        return [f"{combine(own)}/{len(own)}/{named}:{combine_nameless(own.values())}" for own in groups]
+        return [f"{combine(g)}/{len(g)}/{named}:{combine_nameless(g.values())}" for g in groups]
 
     @torch.no_grad()
     def bind(self, model: Module | None = None, *, vet: Callable[[Binding], None] | None = None) -> None:
-        """Bind, or bind anew after sharding or adding groups; what is bound already is never snapshot again.
+        """Bind, or re-bind after sharding or adding groups; never re-snapshots what is bound already.
 
-        Call it once the pre-trained weights are loaded and before a checkpoint is resumed. Collective over
-        the layout's scopes. What is bound stays in force where it fails; `vet` may refuse the new binding, on
-        all ranks alike.
+        Call it after the pre-trained weights are loaded and before resuming a checkpoint. Collective over
+        the layout's scopes. If it fails, the old binding stays in force; `vet` may refuse the new one, alike
+        on all ranks.
 
         Raises:
-            AnchorError: where an anchor does not fit or cannot be read; on all ranks.
-            BindingError: where parameters still hold no values, or after `detach()`.
+            AnchorError: an anchor does not fit or cannot be read; on all ranks.
+            BindingError: parameters still hold no values, or the projector is detached.
             ConfigError: for a pattern that matches nothing, or a path or pattern without names.
         """
         if self._detached:
-            raise BindingError("this projector was detached and is not called any more; call attach() anew")
+            raise BindingError("this projector is detached and no longer called; call attach() again")
         self._catch_up()
         self._meet(_BINDS)
         self._bind(model, required=True, vet=vet)
         self._failure = None
 
     def meet_to_bind(self, *, added: bool, refused: Exception | None) -> bool:
-        """Whether a rank has `added` to what is to be bound; all learn it, and of a call that was `refused`.
+        """Whether any rank has `added` something to bind; all ranks learn it, and if a call was `refused`.
 
         Collective.
 
         Raises:
-            What was refused, where another rank has added.
+            The refusal, if another rank has added something.
         """
         self._catch_up()
         self._meet(_BINDS)
-        found = {name: "" for name, seen in (("added", added), ("refused", refused is not None)) if seen}
+        flags = {name: "" for name, seen in (("added", added), ("refused", refused is not None)) if seen}
         groups = self._adapter.agreement_groups
-        _, words = agree_and_tell(lambda: None, groups, lambda _: found)
+        _, words = agree_and_tell(lambda: None, groups, lambda _: flags)
 
         def check() -> None:
             if refused is not None:
@@ -172,12 +172,12 @@ class Projector(Stepper):
             raise
 
     def _bind_anew(self, model: Module | None, required: bool, vet: Callable[[Binding], None] | None) -> None:
-        """Make everything of the new binding beside what is in force, and put it in place at the end."""
+        """Build all of the new binding beside the one in force, and swap it in at the end."""
         self._adapter.take_model(model)
         layout, words = agree_and_tell(
             self._adapter.layout,
             self._adapter.agreement_groups,
-            lambda found: {"empty": ""} if found is None else {},
+            lambda layout: {"empty": ""} if layout is None else {},
         )
         if words and not required:
             return
@@ -189,10 +189,11 @@ class Projector(Stepper):
         groups = self._adapter.agreement_groups
         old, renamed = self._binding, layout.renamed
         layout, shards, options, facts = self._settle(layout, groups)
-        held = {renamed.get(fqn, fqn): h for fqn, h in (old.held if old is not None else self._seed).items()}
+        held = old.held if old is not None else self._seed
+        anchors = {renamed.get(fqn, fqn): anchor for fqn, anchor in held.items()}
         fresh = {renamed.get(fqn, fqn) for fqn in old.unverified.fresh} if old is not None else set()
-        wrong = difference(layout, facts)
-        binding = bind(shards, layout, options, held, fresh, groups, wrong)
+        mismatch = difference(layout, facts)
+        binding = bind(shards, layout, options, anchors, fresh, groups, mismatch)
         binding.unverified.foreign = self._foreign
         if old is not None:
             binding.unverified.stepped = {renamed.get(fqn, fqn) for fqn in old.unverified.stepped}
@@ -204,12 +205,12 @@ class Projector(Stepper):
             plans, calls = self._make_plans(binding, renamed)
             return plans, calls, self._find_state(self._loaded, plans.values()), backend_names(devices)
 
-        (plans, calls, found, _), words = agree_and_tell(
-            finish, groups, lambda own: {**own[3], **self._stepped(self._loaded)}
+        (plans, calls, saved, _), words = agree_and_tell(
+            finish, groups, lambda result: {**result[3], **self._stepped(self._loaded)}
         )
-        unlike = {device: names for device, names in words.items() if len(names) > 1}
-        binding.plain = frozenset(unlike)
-        warn.about_kernels(unlike)
+        mixed = {device: names for device, names in words.items() if len(names) > 1}
+        binding.plain = frozenset(mixed)
+        warn.about_kernels(mixed)
         stateful = bool(union(stateful_layers(plans.values()), layout.everywhere))
         if vet is not None:
             vet(binding)
@@ -218,7 +219,7 @@ class Projector(Stepper):
         self._adapter.tag_param_groups(binding.fingerprint)
         warn.about_anchors(binding)
         if old is None:
-            self._restore(found, binding, stepped=_STEPPED in words)
+            self._restore(saved, binding, stepped=_STEPPED in words)
             self._loaded, self._seed = {}, {}
             warn.about_binding(binding, shards)
 
@@ -227,21 +228,21 @@ class Projector(Stepper):
     ) -> tuple[ShardLayout, list[BoundShard], Mapping[str, LayerSettings], dict[str, dict[str, object]]]:
         """The layout with other ranks' layers, this rank's shards, each layer's settings, and their facts."""
 
-        def look() -> list[BoundShard]:
+        def local_shards() -> list[BoundShard]:
             self._monitor.open(is_first(groups))
             return self._shards()
 
-        early = agree(look, groups) if layout.everywhere is not None else None
-        theirs = union(dict.fromkeys(layout.fqns), layout.everywhere)
-        whole = replace(layout, elsewhere=tuple(fqn for fqn in theirs if fqn not in layout.shapes))
+        early = agree(local_shards, groups) if layout.everywhere is not None else None
+        fqns = union(dict.fromkeys(layout.fqns), layout.everywhere)
+        full_layout = replace(layout, elsewhere=tuple(fqn for fqn in fqns if fqn not in layout.shapes))
 
         def settle() -> tuple[list[BoundShard], Mapping[str, LayerSettings], dict[str, dict[str, object]]]:
-            shards = look() if early is None else early
+            shards = local_shards() if early is None else early
             owners = {piece.layer: shard.param_group for shard in shards for piece in shard.slices}
-            options = self._resolve(whole, owners, self._adapter.named)
+            options = self._resolve(full_layout, owners, self._adapter.named)
             return shards, options, checks.facts(options, shards, self._per_step)
 
-        return whole, *agree(settle, groups)
+        return full_layout, *agree(settle, groups)
 
     def _vouch(self, binding: Binding, renamed: Mapping[str, str]) -> None:
         checks.check_stored(binding)
@@ -259,7 +260,7 @@ class Projector(Stepper):
         return [s for o in self._adapter.optimizers for s in self._adapter.bind(o, grads=False)]
 
     def _make_plans(self, binding: Binding, renamed: Mapping[str, str]) -> tuple[Plans, Calls]:
-        """All plans of a new binding, with the state of those in force, and those of each optimizer."""
+        """All plans of a new binding, with the state of the current ones, and the plans of each optimizer."""
         plans: Plans = {}
         calls = {
             o: [self._plan(call, binding, plans, renamed) for call in self._adapter.inner_steps(o)]
@@ -268,11 +269,11 @@ class Projector(Stepper):
         return plans, calls
 
     def add_hooks(self, handles: Sequence[Removable]) -> None:
-        """Own the handles of the hooks that call this projector, for `detach`."""
+        """Keep the handles of the hooks that call this projector, for `detach`."""
         self._handles.extend(handles)
 
     def detach(self) -> None:
-        """Take the hooks off the optimizers, which are plain again, and free the anchors; no way back."""
+        """Remove the hooks, so that the optimizers are plain again, and free the anchors; irreversible."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -283,9 +284,9 @@ class Projector(Stepper):
     def metrics(self, *, gather: bool = False) -> dict[str, Any]:
         """Numbers of the last engine step: `activation_rate`, `deviation`, ..., and c, r, s of each layer.
 
-        Of the layers that this rank steps and that are not frozen: all of the model's, the same under every
-        engine, but where ranks have layers of their own (an optimizer that shares the parameters out,
-        experts). There `gather` gives them all, and is collective. Waits for the device. Empty of layers
+        Covers the layers that this rank steps and that are not frozen: all of the model's, the same under
+        every engine, unless ranks have different layers (an optimizer that partitions the parameters,
+        experts). Then `gather` returns them all, and is collective. Waits for the device. Has no layers
         before the first step.
         """
         norms = self._binding.norms if self._binding is not None else {}
@@ -293,7 +294,7 @@ class Projector(Stepper):
         return self._monitor.metrics(list(self._plans.values()), norms, ranks)
 
     def deviation(self) -> dict[str, tuple[float, float]]:
-        """|w - w0| and |w0| of every projected layer, now, also of those that only other ranks have.
+        """The current |w - w0| and |w0| of every projected layer, including those that only other ranks have.
 
         Collective.
         """
@@ -301,8 +302,8 @@ class Projector(Stepper):
         binding, groups = self._require(), self._adapter.agreement_groups
         fqns, sums = agree(lambda: measure_deviation(binding, self._shards()), groups)
         sum_over_scopes_(sums, fqns, binding.layout.scopes)
-        own = {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
-        return union(own, binding.layout.everywhere)
+        values = {fqn: (x, binding.norms[fqn]) for fqn, x in zip(fqns, sums.sqrt().tolist(), strict=True)}
+        return union(values, binding.layout.everywhere)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state by FQN, the number of steps, the anchors' fingerprint; never the anchors.
@@ -318,12 +319,12 @@ class Projector(Stepper):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore rule state; before `bind()` it is kept and restored there.
+        """Restore rule state; before `bind()`, keep it and restore it there.
 
-        The state of a run that has stepped vouches for weights that are not at their snapshot.
+        The state of a run that has stepped permits weights that are not at their snapshot.
 
         Raises:
-            AnchorError: where the checkpoint was written with other anchors.
+            AnchorError: the checkpoint was written with other anchors.
         """
         self._catch_up()
         if self._binding is None:
@@ -332,11 +333,11 @@ class Projector(Stepper):
         self.prepare_load(state_dict)()
 
     def prepare_load(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
-        """Check state that is to be loaded; what comes back loads it. Collective.
+        """Check state before it is loaded; the returned function loads it. Collective.
 
         Raises:
-            AnchorError: where it was written with other anchors.
-            BindingError: for a shard of another size.
+            AnchorError: it was written with other anchors.
+            BindingError: a shard has another size.
         """
         binding, saved = self._require(), state_dict.get("fingerprint", "")
 
@@ -344,14 +345,14 @@ class Projector(Stepper):
             checks.check_saved(saved, binding.fingerprint)
             return self._find_state(state_dict, self._plans.values())
 
-        found, words = agree_and_tell(
+        saved_state, words = agree_and_tell(
             check, self._adapter.agreement_groups, lambda _: self._stepped(state_dict)
         )
-        return partial(self._restore, found, binding, stepped=_STEPPED in words)
+        return partial(self._restore, saved_state, binding, stepped=_STEPPED in words)
 
     @staticmethod
     def _stepped(state_dict: Mapping[str, Any]) -> dict[str, str]:
-        """Told to the other ranks, for the count of one may be another: it decides what the guard sends."""
+        """Sent to the other ranks, since step counts may differ: it decides what the guard sends."""
         return {_STEPPED: ""} if state_dict.get("num_steps", 0) else {}
 
     def _find_state(self, state_dict: Mapping[str, Any], plans: Iterable[StepPlan]) -> SavedState:
@@ -359,8 +360,8 @@ class Projector(Stepper):
         return num_steps, find_layers(plans, self._adapter, state_dict.get("layers", {}))
 
     @torch.no_grad()
-    def _restore(self, found: SavedState, binding: Binding, *, stepped: bool) -> None:
-        self._monitor.num_steps, moves = found
+    def _restore(self, saved: SavedState, binding: Binding, *, stepped: bool) -> None:
+        self._monitor.num_steps, moves = saved
         if stepped:
             binding.unverified.fresh.clear()
             binding.found.differs_from_weights.clear()
@@ -368,11 +369,11 @@ class Projector(Stepper):
             target.copy_(value)
 
     def export_anchors(self) -> dict[str, HeldAnchor]:
-        """This rank's shards of the anchors, for a copy of the optimizer in another place."""
+        """This rank's shards of the anchors, for a copy of the optimizer elsewhere."""
         return dict(self._binding.held) if self._binding is not None else {}
 
     def adopt(self, held: Mapping[str, HeldAnchor], state: Mapping[str, Any]) -> None:
-        """Bind with anchors that `export_anchors` gave, instead of taking new ones."""
+        """Bind with anchors from `export_anchors`, instead of taking new ones."""
         self._seed = dict(held)
         self._loaded = dict(state)
         self._bind(None, required=False)

@@ -1,4 +1,4 @@
-"""What a rule does to one slice by plain torch: edit its gradient, and pull it by row, element or with state.
+"""What a rule does to one slice in plain torch: edit its gradient, and pull it by row, element or with state.
 
 A pull that is one number per layer goes through the kernels, see `KernelBatch.pull_`.
 """
@@ -82,5 +82,5 @@ class SlicePull:
 
 
 def _to_elements(per_row: Tensor, *, item: LocalSlice, cut: slice) -> Tensor:
-    """A rule's values per row at each element of one chunk of a slice."""
+    """Expand a rule's per-row values to the elements of one chunk of a slice."""
     return expand_rows(per_row[item.layers.row_ranges[item.index]], item.spans, cut.start, cut.stop)

@@ -1,7 +1,7 @@
-"""What ranks sum in a step, and tell each other beside it: statistics, who failed, whose settings differ.
+"""What ranks exchange in a step: sums of statistics, failures, and settings that differ.
 
-A rank that fails takes part in the step's reduction all the same and says so there, in one number; so no rank
-waits for it, and all raise together.
+A rank that fails still takes part in the step's reduction and reports its failure there, as one number; so no
+rank waits for it, and all raise together.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class Sums:
             len(self._layer_keys), len(plan.fqns), dtype=torch.float64, device=plan.device
         )
 
-    def add_formed(self, phase: Phase, wanted: Sequence[Statistic], columns: Tensor, rows: Tensor) -> None:
-        """Add what a kernel has formed: rows `[num_slices, ...]` whose columns are as `FORMED` says.
+    def add_formed(self, phase: Phase, stats: Sequence[Statistic], columns: Tensor, rows: Tensor) -> None:
+        """Add a kernel's sums: rows `[num_slices, ...]`, with the columns of `FORMED`.
 
-        `columns` `[num_slices]` are the slices' in the table.
+        `columns` `[num_slices]` are the slices' columns in the table.
         """
         rows = rows.to(self._plan.device, non_blocking=True)
-        for stat in wanted:
+        for stat in stats:
             self._table[self._layer_keys[phase, stat]].index_add_(0, columns, rows[:, FORMED[stat]])
 
     def add(self, key: Key, column: int, value: Tensor) -> None:
-        """Add one slice's part of a statistic per layer, 0-d."""
+        """Add one slice's share of a per-layer statistic, 0-d."""
         self._table[self._layer_keys[key], column] += value.to(self._plan.device)
 
     def rows_of(self, key: Key, layers: RuleLayers) -> Tensor:
-        """The sums per row of one rule's layers `[num_rows]`, to be added to in place."""
+        """The per-row sums of one rule's layers `[num_rows]`; callers add to them in place."""
         return self._rows[layers.number, key]
 
     def reduction(
@@ -72,7 +72,7 @@ class Sums:
     ) -> Reduction:
         """Flags, statistics, rows and guard, ready to be summed over all scopes in place.
 
-        `always`: the ranks are to meet even where no rule asks for a statistic. See `Reduction`.
+        `always`: reduce even if no rule asks for a statistic. See `Reduction`.
         """
         num_flags = flags.shape[0]
         table = torch.cat([flags, self._table])
@@ -99,14 +99,14 @@ class Reduction:
     """What is to be summed over the scopes of one table.
 
     Args:
-        plan: whose columns and rows they are.
+        plan: the table that the columns and rows belong to.
         table: `[num_stats, num_layers]`.
         rows: statistics per row, each `[num_rows]` with the number of its rule.
         guard: the guard's rows `[4, num_layers]`; only scopes with a guarded layer send them.
-        guarded: layers that are still to be checked, the same on all ranks of their scopes.
-        asked: whether anything asks for more than the guard; else only scopes with a guarded layer reduce.
-        trouble: what this rank adds to the ranks in trouble: 0, `FAILED` or `ABSENT`.
-        checksums: of the settings of each of the table's scopes, whole numbers below 2^32.
+        guarded: layers not checked yet, the same on all ranks of their scopes.
+        asked: whether anything but the guard needs a sum; if not, only scopes with a guarded layer reduce.
+        trouble: what this rank adds to the count of ranks in trouble: 0, `FAILED` or `ABSENT`.
+        checksums: of the settings, one for each of the table's scopes; integers below 2^32.
     """
 
     plan: LayerTable
@@ -119,7 +119,7 @@ class Reduction:
     checksums: Sequence[int] = ()
 
     def views(self, scope: ScopeIndex) -> list[tuple[Tensor, Tensor]]:
-        """What a scope sums of it: tensors `[num_rows, n]` and the columns of them; empty where nothing."""
+        """What a scope sums: tensors `[num_rows, n]` and their columns; empty if nothing."""
         tables = [self.table]
         if self.guard is not None and not self.guarded.isdisjoint(scope.fqns):
             tables.append(self.guard)
@@ -130,20 +130,20 @@ class Reduction:
 
     @property
     def travels(self) -> bool:
-        """Whether any scope sums anything of it: the ranks then meet."""
+        """Whether any scope has something to sum: only then do ranks meet."""
         return any(self.views(scope) for scope in self.plan.scopes)
 
 
 FAILED, ABSENT = 1.0, 2.0**-20
-"""What a rank adds that failed, and one that does not take the step that the others take; exact sums."""
+"""What a failed rank adds, and what a rank adds that skips the step that others take; sums are exact."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heard:
-    """What the ranks of one scope told each other beside their sums.
+    """What the ranks of one scope exchanged beside their sums.
 
-    `words` `[2]`, on the device, is the sum of their troubles (and of those that they have heard of in scopes
-    before this one) and of their checksums, of which this rank's is `own`.
+    `words` `[2]`, on the device: the sum of their troubles (including those heard of in earlier scopes), and
+    that of their checksums; `own` is this rank's checksum.
     """
 
     group: ProcessGroup
@@ -157,7 +157,7 @@ class Heard:
 
 
 def reduce_together_(reductions: Sequence[Reduction]) -> list[Heard]:
-    """Sum over every scope (modified in place), one collective each, however many tables take part."""
+    """All-reduce every scope (modified in place): one collective each, however many tables take part."""
     heard: list[Heard] = []
     groups = {s.index: s.group for r in reductions for s in r.plan.scopes}
     for index, group in sorted(groups.items()):
@@ -189,7 +189,7 @@ def sum_over_(payload: Tensor, scope: ScopeIndex) -> None:
 
 
 class LateCopy:
-    """A copy of a tensor on the host, of which nobody has to wait before it is asked for."""
+    """A copy of a tensor on the host; nothing waits for it until `wait()`."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -210,9 +210,9 @@ class LateCopy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What the guard looks at of one step, reduced.
+    """The reduced numbers of one step that the guard checks.
 
-    `rows` are the guard's, then whether there was a gradient, an overflow, and the learning rate:
+    `rows` are the guard's rows, then gradient flags, overflow flags and learning rates:
     `[num_guard_rows + 3, num_layers]`. `wanted` are the layers with a strength.
     """
 
@@ -223,36 +223,36 @@ class Evidence:
 
 
 def comes_late(numbers: Tensor) -> bool:
-    """Whether the host would have to wait for them."""
+    """Whether the host would have to wait for `numbers`."""
     return numbers.is_cuda
 
 
 class Verdict:
-    """Read at once where the sums are in host memory; on a GPU when the next step begins, without waiting.
+    """What ranks reported: read at once on a CPU; on a GPU when the next step begins, without waiting.
 
-    On a GPU nothing more is told than that a rank failed: it raises by itself, the others when they read.
+    On a GPU, ranks only learn that a rank failed: that rank raises by itself, the others when they read.
     """
 
     def __init__(self, heard: Sequence[Heard], evidence: Sequence[Evidence], unverified: Unverified) -> None:
         self._heard, self._evidence, self._unverified = heard, evidence, unverified
-        told = [h.words for h in heard] + [e.rows.reshape(-1) for e in evidence]
-        numbers = torch.cat([t.to(told[0].device) for t in told])
+        parts = [h.words for h in heard] + [e.rows.reshape(-1) for e in evidence]
+        numbers = torch.cat([t.to(parts[0].device) for t in parts])
         self.late = comes_late(numbers)
-        """Whether the numbers are still on their way."""
+        """Whether the numbers are still being copied to the host."""
         self._numbers: Tensor | LateCopy = LateCopy(numbers) if self.late else numbers
 
     def read(
         self, failure: Exception | None = None, settings: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
-        """Raise what is wrong, on every rank that hears of it.
+        """Raise any reported problem, on every rank that hears of it.
 
         Args:
-            failure: this rank's own; none if it is that the rank is absent, and so are all.
-            settings: gives this rank's, by name, to tell which differ.
+            failure: this rank's own; not raised if it means absence and all ranks are absent.
+            settings: returns this rank's settings by name, to find which differ.
 
         Raises:
-            AnchorError: where a layer had left its anchor before its first step.
-            ConfigError: where the settings of the step differ.
+            AnchorError: a layer had left its anchor before its first step.
+            ConfigError: the settings of the step differ between ranks.
             The rank's own exception; on the other ranks one of the same kind that names the failing rank.
         """
         numbers = self._numbers.wait() if isinstance(self._numbers, LateCopy) else self._numbers
@@ -266,7 +266,7 @@ class Verdict:
         ]
         if wrong and self.late:
             raise failure or BindingError(
-                "another rank failed in the step before this one, or has other settings; its message says why"
+                "another rank failed in the step before this one, or has other settings; see its message"
             )
         if wrong:
             _raise_together(failure, settings(), wrong)
@@ -289,7 +289,7 @@ class Verdict:
             )
 
     def _all_absent(self, words: Sequence[Sequence[float]]) -> bool:
-        """Whether every rank is; a scope hears of those of the scopes before it, too."""
+        """Whether every rank is absent; each scope also counts those of the scopes before it."""
         expected = ABSENT
         for heard, (trouble, _) in zip(self._heard, words, strict=True):
             expected *= heard.group.size()
@@ -299,24 +299,24 @@ class Verdict:
 
 
 def _raise_together(failure: Exception | None, settings: Mapping[str, Any], wrong: Sequence[Heard]) -> None:
-    """Tell each other what is wrong, scope after scope, as word of it came; it is known to the same ranks."""
-    failures, known = told_of(failure), {dist.get_rank(): dict(settings)}
+    """Exchange what is wrong, scope by scope in the order of the reductions; the same ranks know of it."""
+    failures, by_rank = told_of(failure), {dist.get_rank(): dict(settings)}
     for heard in wrong:
         gathered: list[tuple[list[Failure], dict[int, dict[str, Any]]]] = [([], {})] * heard.group.size()
-        dist.all_gather_object(gathered, (failures, known), group=heard.group)
+        dist.all_gather_object(gathered, (failures, by_rank), group=heard.group)
         failures = sorted({entry for entries, _ in gathered for entry in entries})
-        known = {rank: theirs for _, found in gathered for rank, theirs in found.items()}
+        by_rank = {rank: values for _, entries in gathered for rank, values in entries.items()}
     raise_first(failure, failures)
-    raise ConfigError(_difference(known))
+    raise ConfigError(_difference(by_rank))
 
 
-def _difference(known: Mapping[int, Mapping[str, Any]]) -> str:
-    (first, own), *others = sorted(known.items())
+def _difference(by_rank: Mapping[int, Mapping[str, Any]]) -> str:
+    (first, settings), *others = sorted(by_rank.items())
     for rank, theirs in others:
-        for name, value in own.items():
+        for name, value in settings.items():
             if name in theirs and theirs[name] != value:
                 return (
                     f"got {name} {value!r} on rank {first} and {theirs[name]!r} on rank {rank} in one step; "
                     "give all ranks the same settings"
                 )
-    return f"the settings of a step differ between ranks {sorted(known)}; give all ranks the same"
+    return f"the settings of a step differ between ranks {sorted(by_rank)}; give all ranks the same"

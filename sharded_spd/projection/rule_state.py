@@ -1,4 +1,4 @@
-"""The rules' state on its way: into and out of checkpoints, and from one binding to the next."""
+"""Moves the rules' state into and out of checkpoints, and from one binding to the next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layers = dict[str, dict[str, Any]]
 """By FQN: "layer.NAME" a 0-d float64 tensor, "shard.NAME" a tensor like the parameter."""
 
 Moves = list[tuple[Tensor, Tensor]]
-"""Pairs of a target and what it shall become."""
+"""Pairs of a target and its new value."""
 
 
 def export_layers(plans: Iterable[LayerTable], adapter: EngineAdapter) -> Layers:
@@ -26,11 +26,11 @@ def export_layers(plans: Iterable[LayerTable], adapter: EngineAdapter) -> Layers
     for plan in plans:
         for rule_layers in plan.rules:
             for i, fqn in enumerate(rule_layers.fqns):
-                own = {f"layer.{name}": values[i].clone() for name, values in rule_layers.state.items()}
+                state = {f"layer.{name}": values[i].clone() for name, values in rule_layers.state.items()}
                 for name, values in plan.shard_states.get(fqn, {}).items():
-                    own[f"shard.{name}"] = adapter.export(fqn, values)
-                if own:
-                    layers[fqn] = own
+                    state[f"shard.{name}"] = adapter.export(fqn, values)
+                if state:
+                    layers[fqn] = state
     return layers
 
 
@@ -41,10 +41,10 @@ def stateful_layers(plans: Iterable[LayerTable]) -> dict[str, None]:
 
 
 def find_layers(plans: Iterable[LayerTable], adapter: EngineAdapter, layers: Mapping[str, Any]) -> Moves:
-    """Where each part of exported state is to go; nothing is changed yet.
+    """Pair each part of exported state with its target; changes nothing.
 
     Raises:
-        BindingError: for a number that is none, and for a shard of another size: it was saved for another
+        BindingError: layer state is not one number, or a shard has another size: it was saved for another
             layout and not resharded.
     """
     moves: Moves = []

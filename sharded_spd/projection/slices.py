@@ -1,4 +1,4 @@
-"""What of a plan lies on this rank: its slices, their hyper-parameters, and the kernels' tables of them."""
+"""The local part of a plan: this rank's slices, their hyper-parameters, and the kernels' tables of them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _GONE = BoundShard(torch.empty(0), None, (), {})
 class StepPlan(LayerTable):
     """All that stays the same from step to step: the table of the layers, and this rank's slices of them.
 
-    A new binding makes new plans; `slices` are made anew where the optimizer holds other shards.
+    A new binding makes new plans; `slices` are rebuilt when the optimizer holds other shards.
     """
 
     def __init__(self, fqns: Sequence[str], binding: Binding, device: torch.device) -> None:
         super().__init__(fqns, binding, device)
         self.binding = binding
         self.meets_always = self.early or not binding.on_disk.isdisjoint(self.fqns)
-        """Whether the ranks reduce even where no rule asks for a sum: word of a failure has no other way."""
+        """Whether ranks reduce even if no rule asks for a sum: a failure has no other way to the others."""
         self._slices: LocalSlices | None = None
 
     def slices(self, shards: Sequence[BoundShard]) -> LocalSlices:
-        """This rank's slices; those of the step before while `shards` are like those of that step."""
+        """This rank's slices; reused from the last step while `shards` are like those of that step."""
         if self._slices is None or not self._slices.fit(shards):
             self._slices = LocalSlices(self, shards)
         return self._slices
@@ -48,13 +48,13 @@ class StepPlan(LayerTable):
 
 @dataclass(slots=True, eq=False)
 class LocalSlice:
-    """One slice that may step, and where it stands in the plan and among its rule's layers.
+    """One slice that may step, and its place in the plan and among its rule's layers.
 
-    `position` is that of its shard among the step's. `tensors` are those of now, the weight a copy where the
-    shard's is not contiguous; `backend` works on them, chosen for tensors of such a `kind`. `values` are the
-    anchor's, as they are bound; `settled` says whether they are (a frozen layer's are not before its first
-    gradient), `moved` whether they turned out to be lost in this step. `kept` are the weights before the
-    base step, where the rule asks for them.
+    `position`: the index of its shard in the step. `tensors`: the current ones; the weight is a copy if the
+    shard's is not contiguous. `backend` works on them, chosen for this `kind` of tensors. `values`: the bound
+    anchor's. `settled`: whether they are bound (a frozen layer's are not before its first gradient).
+    `moved`: whether they turned out to be lost in this step. `kept`: the weights before the base step, if
+    the rule asks for them.
     """
 
     position: int
@@ -74,18 +74,18 @@ class LocalSlice:
     kept: Tensor | None = None
 
     def take_weight(self) -> None:
-        """Take the shard's weights; a 1-D copy of what is not contiguous (channels_last)."""
+        """Take the shard's weights; a 1-D copy if they are not contiguous (channels_last)."""
         tensor = self.shard.tensor
         self.tensors.weight = tensor if tensor.is_contiguous() else tensor.detach().reshape(-1)
 
     def write_back(self) -> None:
-        """Hand changed weights to the shard, where they are a copy."""
+        """Copy changed weights back to the shard, if they are a copy."""
         tensor = self.shard.tensor
         if not tensor.is_contiguous():
             tensor.copy_(self.tensors.weight.view(tensor.shape))
 
     def choose_backend(self, plain: frozenset[str]) -> None:
-        """The fastest that takes such tensors."""
+        """Choose the fastest backend that takes these tensors."""
         weight, grad, anchor = self.tensors.weight, self.tensors.grad, self.tensors.anchor
         kind: tuple[object, ...] = (type(weight), weight.dtype, weight.device, type(anchor), type(grad))
         if grad is not None:
@@ -94,7 +94,7 @@ class LocalSlice:
             self.backend, self.kind = choose(self.tensors, plain), kind
 
     def blocks(self, *, grads: bool) -> Iterator[tuple[slice, Block]]:
-        """The slice in chunks, as the tensors are now."""
+        """The slice's current tensors, in chunks."""
         tensors = self.tensors
         weight, grad = tensors.flat_weight(), tensors.flat_grad() if grads else None
         for begin in range(0, tensors.numel, CHUNK):
@@ -112,7 +112,7 @@ class LocalSlice:
             )
 
     def add_to(self, sums: Sums, phase: Phase, wanted: Sequence[Statistic]) -> None:
-        """Add this slice's part of the statistics `wanted`, in plain torch."""
+        """Add this slice's share of the statistics `wanted`, in plain torch."""
         layers, per_layer = self.layers, tuple(s for s in wanted if s.per == "layer")
         per_row = [
             (s, sums.rows_of((phase, s), layers)[layers.row_ranges[self.index]])
@@ -131,16 +131,16 @@ class LocalSlice:
 
 
 class LocalSlices:
-    """The slices of a plan, while its shards are the same; between steps it holds none of their tensors."""
+    """The slices of a plan, while its shards stay the same; holds none of their tensors between steps."""
 
     def __init__(self, plan: StepPlan, shards: Sequence[BoundShard]) -> None:
         self._binding = plan.binding
-        self._known = [(shard.slices, shard.param_group) for shard in shards]
+        self._shard_keys = [(shard.slices, shard.param_group) for shard in shards]
         scopes = [scope.fqns for scope in plan.scopes]
         self.hyperparams = Hyperparams(plan.column, scopes, plan.device, plan.binding, shards)
         self.batches = KernelBatches(plan.device)
         self.lost: dict[str, str] = {}
-        """The layers whose anchor on disk cannot be read any more, and why."""
+        """The layers with an on-disk anchor that can no longer be read, and why."""
         self._all: list[LocalSlice] = []
         for position, piece in ((i, piece) for i, shard in enumerate(shards) for piece in shard.slices):
             layers, index = plan.layers_of[piece.layer]
@@ -167,21 +167,21 @@ class LocalSlices:
             item.shard = _GONE
 
     def _find_fusable(self) -> dict[Tensor, list[LocalSlice]]:
-        found: dict[Tensor, list[LocalSlice]] = {}
+        by_owner: dict[Tensor, list[LocalSlice]] = {}
         for item in self._all:
             if item.shard.owner is not None and _needs_sums_only(item.layers.rule.spec):
-                found.setdefault(item.shard.owner, []).append(item)
+                by_owner.setdefault(item.shard.owner, []).append(item)
         return {
             owner: items
-            for owner, items in found.items()
+            for owner, items in by_owner.items()
             if sum(item.piece.numel for item in items) == items[0].shard.tensor.numel()
         }
 
     def fit(self, shards: Sequence[BoundShard]) -> bool:
-        """Whether these are the shards that it was made of, or others just like them."""
-        return len(shards) == len(self._known) and all(
+        """Whether these are the shards it was made from, or others just like them."""
+        return len(shards) == len(self._shard_keys) and all(
             shard.slices is slices and shard.param_group is group
-            for shard, (slices, group) in zip(shards, self._known, strict=True)
+            for shard, (slices, group) in zip(shards, self._shard_keys, strict=True)
         )
 
     def gather_live(self, shards: Sequence[BoundShard], grad_scale: Tensor | None) -> list[LocalSlice]:
@@ -219,11 +219,11 @@ class LocalSlices:
 
     @staticmethod
     def _on_gpu(live: Sequence[LocalSlice]) -> bool:
-        """Whether there is a stream on which anchors in host memory can come."""
+        """Whether there is a stream to copy anchors in host memory on."""
         return any(item.tensors.weight.is_cuda for item in live)
 
     def _rests(self, item: LocalSlice, shard: BoundShard) -> bool:
-        """Whether its anchor was never asked for, and is not now."""
+        """Whether its anchor was never needed, and is not now."""
         return not item.settled and rests(self._binding.options[item.piece.layer], shard.param_group)
 
     def _look_at_file(self, item: LocalSlice, values: DiskValues) -> None:
@@ -231,12 +231,12 @@ class LocalSlices:
         if changed is not None:
             self.lost[item.piece.layer], item.tensors.anchor = changed, None
             return
-        whole = values.whole()
-        item.tensors.anchor = values if whole is None else whole
+        tensor = values.whole()
+        item.tensors.anchor = values if tensor is None else tensor
 
     @staticmethod
     def after_base(live: Sequence[LocalSlice]) -> None:
-        """Let go of the gradients, and look where a base that puts new tensors in place left the weights."""
+        """Release the gradients, and refresh the weights: the base step may put new tensors in place."""
         shards = list({id(item.shard): item.shard for item in live}.values())
         sharded = [(shard, owner) for shard in shards if isinstance(owner := shard.owner, DTensor)]
         for (shard, _), tensor in zip(sharded, local_tensors([o for _, o in sharded]), strict=True):
@@ -249,7 +249,7 @@ class LocalSlices:
                 item.take_weight()
 
     def release(self, live: Sequence[LocalSlice] | None = None) -> None:
-        """Let go of the weights (by default of all), which an engine may move or free until the next step."""
+        """Release the weights (all by default): the engine may move or free them before the next step."""
         for item in self._all if live is None else live:
             if item.shard.owner is not None:
                 item.shard.tensor = item.shard.owner
@@ -260,7 +260,7 @@ class LocalSlices:
 
 
 def _needs_sums_only(spec: RuleSpec) -> bool:
-    """Whether a kernel that steps the weights forms all that a rule needs."""
+    """Whether a kernel that steps the weights forms all sums that a rule needs."""
     plain = not (spec.keeps_w or spec.edits_grad or spec.shard_state) and spec.granularity == "layer"
     formed = all(stat in FORMED for stat in spec.before) and set(spec.after) <= {DELTA_SQ}
     return plain and formed and spec.when == "after"
@@ -275,7 +275,7 @@ def _factor(shard: BoundShard, grad: Tensor, grad_scale: Tensor | None) -> float
 
 
 class _Places:
-    """Where the slices of a batch stand, on the plan's device, and the last table of them."""
+    """The indices of a batch's slices, on the plan's device, and the last table of them."""
 
     def __init__(self, slices: list[LocalSlice], device: torch.device) -> None:
         self.slices = slices
@@ -291,7 +291,7 @@ def _upload(numbers: list[int], device: torch.device) -> Tensor:
 
 
 class KernelBatch:
-    """Slices of one rule that one backend takes, for one step. Their gradients are there when it is made."""
+    """Slices of one rule that one backend takes, for one step. They have gradients when it is made."""
 
     def __init__(self, backend: Backend, places: _Places) -> None:
         self.slices = places.slices
@@ -306,7 +306,7 @@ class KernelBatch:
         self._table = self._places.table = self._backend.table(tensors, self._places.table)
 
     def add(self, phase: Phase, sums: Sums) -> None:
-        """Add the statistics of its rule: those that kernels form, or all of them in plain torch."""
+        """Add its rule's statistics: by the kernel if it forms them all, else all in plain torch."""
         spec = self.layers.rule.spec
         wanted = spec.before if phase == "before" else spec.after
         if any(stat not in FORMED for stat in wanted):
@@ -320,7 +320,7 @@ class KernelBatch:
         """Step the slices as Adam does (modified in place), and add the statistics before and after it."""
         rows, spec = self._table.adam_(moments, numbers), self.layers.rule.spec
         sums.add_formed("before", spec.before, self._places.columns, rows)
-        # Of the last two columns the second is |d|^2 after the step, as in a row of sums.
+        # The last two columns stand as in a row of sums: the second is |d|^2 after the step.
         sums.add_formed("after", spec.after, self._places.columns, rows[:, 1:])
         for item in self.slices:
             item.write_back()
@@ -334,31 +334,31 @@ class KernelBatch:
             item.write_back()
 
     def _find_weights(self) -> None:
-        """A base optimizer may have put new tensors in place."""
+        """Rebuild the table if the base optimizer has put new tensors in place."""
         if [item.tensors.weight.data_ptr() for item in self.slices] != self._weights:
             self._make_table()
 
 
 class KernelBatches:
-    """Sorts slices into batches; kept from step to step."""
+    """Groups slices into batches; persists from step to step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._places: dict[tuple[int, str, str, torch.device], _Places] = {}
 
     def of(self, slices: Sequence[LocalSlice], purpose: str) -> list[KernelBatch]:
-        """The batches of `slices`; those of one `purpose` are most like those of the step before."""
-        found: dict[tuple[int, str, str, torch.device], tuple[Backend, list[LocalSlice]]] = {}
+        """The batches of `slices`; per `purpose` they are mostly like those of the last step."""
+        groups: dict[tuple[int, str, str, torch.device], tuple[Backend, list[LocalSlice]]] = {}
         last: tuple[RuleLayers, Backend, torch.device] | None = None
         members: list[LocalSlice] = []
         for item in slices:
             layers, backend, device = now = (item.layers, item.backend, item.tensors.weight.device)
             if now != last:
                 last, key = now, (layers.number, purpose, backend.name, device)
-                _, members = found.setdefault(key, (backend, []))
+                _, members = groups.setdefault(key, (backend, []))
             members.append(item)
         batches = []
-        for key, (backend, members) in found.items():
+        for key, (backend, members) in groups.items():
             places = self._places.get(key)
             if places is None or places.slices != members:
                 last_table = None if places is None else places.table

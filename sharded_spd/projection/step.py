@@ -37,11 +37,11 @@ _HAS_GRAD, _FOUND_INF = 0, 1
 
 
 class Step:
-    """One inner step under way: `before` the base optimizer steps, the sums to `reduce` after it, the `pull`.
+    """One inner step: `before` the base optimizer steps, the `reduction` after it, the `pull`.
 
-    Where a rule needs sums ahead of the base step (`starts`), these are reduced in between, and its gradients
-    edited. The reductions have the same shape on all ranks, whatever one of them finds: what fails between
-    them is kept as `failure` and told to the others in the next one, in which all ranks take part.
+    If a rule needs sums ahead of the base step (`starts`), they are reduced in between, and the rule may edit
+    gradients. Reductions have the same shape on all ranks, whatever happens on one of them: an error between
+    them is kept as `failure` and reported in the next one, in which all ranks take part.
     """
 
     def __init__(self, plan: StepPlan, optimizer: Optimizer) -> None:
@@ -49,22 +49,22 @@ class Step:
         self.optimizer = optimizer
         self._binding = binding = plan.binding
         self.failure: Exception | None = None
-        """What this rank could not do."""
+        """This rank's error."""
         self.absent = False
-        """Whether `failure` is that this rank takes no step at all."""
+        """Whether `failure` means that this rank takes no step at all."""
         self.base_decays: Set[int] = frozenset()
-        """The ids of the param groups whose decay the base step does itself."""
+        """The ids of the param groups that the base step decays itself."""
         self.shards: Sequence[BoundShard] = ()
         """What the base optimizer steps."""
         self.moves = False
         """Whether any layer has a gradient and a learning rate, as far as the host can tell."""
         self.starts = plan.early
-        """Whether a reduction comes before the base step, and has not been yet."""
+        """Whether a reduction is still due before the base step."""
         self._flags = torch.zeros(2, len(plan.fqns), dtype=torch.float64, device=plan.device)
         unverified = binding.unverified
-        left = unverified.fresh or unverified.pending
-        self.guarded = unverified.among(plan.fqns) if left else set()
-        """The layers that are still to be checked."""
+        any_left = unverified.fresh or unverified.pending
+        self.guarded = unverified.among(plan.fqns) if any_left else set()
+        """The layers not checked yet."""
         self._guard: Tensor | None = None
         if self.guarded:
             self._guard = torch.zeros(NUM_ROWS, len(plan.fqns), dtype=torch.float64, device=plan.device)
@@ -79,20 +79,20 @@ class Step:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """What fails inside is kept as `failure`; nothing is projected then."""
+        """Keep an error inside as `failure`; nothing is projected then."""
         try:
             yield
         except Exception as error:
             self.fail(error)
 
     def fail(self, error: Exception, *, absent: bool = False) -> None:
-        """Take part in what is left of the step without anything to give."""
+        """Keep `error`; this rank takes part in the rest of the step, but contributes nothing."""
         if self.failure is None:
             self.failure, self.absent = error, absent
         if self._local is not None:
             self._local.release()
         self._live, self._batches = [], []
-        self._flags[_FOUND_INF] = 1.0  # so that ranks that hear of it late pull nothing
+        self._flags[_FOUND_INF] = 1.0  # so that ranks that learn of it late pull nothing
 
     def before(self, shards: Sequence[BoundShard]) -> None:
         """Read the scalars, gather what has a gradient, and take the sums that are needed first."""
@@ -110,7 +110,7 @@ class Step:
 
     @property
     def meets(self) -> bool:
-        """Whether a reduction is to come, in which the ranks meet."""
+        """Whether a reduction is to come in which ranks meet."""
         return (self.starts and self.early_reduction().travels) or self.reduction().travels
 
     def early_reduction(self) -> Reduction:
@@ -135,7 +135,7 @@ class Step:
                             edit_(item, plan, active)
 
     def add_before(self) -> None:
-        """Take the sums before the base step, of what has not been stepped with its sums."""
+        """Take the sums before the base step, except of slices that `adam_` has stepped."""
         if self._local is None or self.failure is not None:
             return
         with self.trying():
@@ -160,8 +160,8 @@ class Step:
     def fusable(self) -> dict[Tensor, list[LocalSlice]]:
         """The slices of each of the optimizer's tensors that a kernel may step together with their sums.
 
-        That is, of all its elements, by rules that need nothing but the sums that such a kernel forms, and
-        with a strength: else the base's own step is asked for, to the last bit.
+        The slices must cover all its elements, their rules need only the sums that such a kernel forms, and
+        they have a strength: without one, the step must equal the base's own to the last bit.
         """
         if self._local is None or self.failure is not None:
             return {}
@@ -177,22 +177,22 @@ class Step:
         """Step slices of `fusable` as Adam does (modified in place), with their sums; see `Table.adam_`."""
         if self._local is None:
             return
-        found = self._local.batches.of(slices, "with Adam")
-        places = {id(item): i for i, item in enumerate(slices)} if len(found) > 1 else {}
-        for batch in found:
+        batches = self._local.batches.of(slices, "with Adam")
+        places = {id(item): i for i, item in enumerate(slices)} if len(batches) > 1 else {}
+        for batch in batches:
             at = [places[id(item)] for item in batch.slices] if places else range(len(slices))
             rows = numbers[torch.tensor(at, device=numbers.device)] if places else numbers
             batch.adam_([moments[i] for i in at], rows, self._sums)
-        self._batches += found
+        self._batches += batches
         self._stepped = {id(item) for item in slices}
 
     @property
     def skipped(self) -> Tensor | None:
-        """Whether a scaler has the base skip the step, of each layer, once reduced; None without a scaler."""
+        """Per layer, whether a scaler makes the base skip the step, once reduced; None without a scaler."""
         return self._sums.flags[_FOUND_INF] > 0 if self._scaled else None
 
     def add_after(self) -> None:
-        """Take the sums after the base step; let go of the gradients."""
+        """Take the sums after the base step; release the gradients."""
         with self.trying():
             if self._local is not None:
                 self._local.after_base(self._live)
@@ -220,14 +220,14 @@ class Step:
         return self._local.hyperparams.settings() if self._local is not None else {}
 
     def evidence(self) -> Evidence | None:
-        """What the guard has to look at, once it is reduced."""
+        """What the guard checks, once it is reduced."""
         if self._guard is None or self.failure is not None:
             return None
         groups = {piece.layer: shard.param_group for shard in self.shards for piece in shard.slices}
         fqns, options = self.plan.fqns, self._binding.options
         wanted = frozenset(fqn for fqn in fqns if has_strength(options[fqn], groups[fqn]))
         if self._binding.unverified.fresh.isdisjoint(fqns) and wanted.isdisjoint(self.guarded):
-            return None  # what rests has nothing to be looked at
+            return None  # layers at rest need no check
         rows = torch.cat([self._guard, self._sums.flags, self._scalars.lr.view(1, -1)])
         return Evidence(fqns, [scope.fqns for scope in self.plan.scopes], rows, wanted)
 
@@ -240,7 +240,7 @@ class Step:
                 self._project(layers, stats, self._sums.flags)
 
     def release(self) -> None:
-        """Let go of the weights, which the engine may move or free now."""
+        """Release the weights: the engine may move or free them now."""
         if self._local is not None:
             self._local.release(self._live)
 
@@ -288,7 +288,7 @@ class Step:
         return Stats(before={}, row_lengths=layers.row_lengths)
 
     def _active(self, layers: RuleLayers, stats: Stats, flags: Tensor) -> Tensor:
-        """Which of the rule's layers really step: bool `[num_layers]`."""
+        """Which of the rule's layers actually step: bool `[num_layers]`."""
         active = (flags[_HAS_GRAD] > 0) & (flags[_FOUND_INF] == 0) & (self._scalars.lr != 0)
         return active[layers.columns] & self._finite(stats, layers)
 
@@ -326,7 +326,7 @@ class Step:
                     pull(item)
         per_layer = stats.over_rows(s, "max").clamp(min=0.0) if by_row else s
         if spec.granularity == "element" or spec.edits_grad:
-            per_layer = torch.full_like(s, torch.nan)  # what it did is no number per layer
+            per_layer = torch.full_like(s, torch.nan)  # the pull is not one number per layer
         self.plan.reports[layers.number] = {"s": per_layer, **self._report(layers, stats, per_layer, flags)}
 
     def _decayed_by_base(self, layers: RuleLayers) -> Tensor:
@@ -335,7 +335,7 @@ class Step:
         return torch.tensor(decayed, device=self.plan.device)
 
     def _decay(self, layers: RuleLayers) -> None:
-        """AdamW's decay of the layers whose strength is their param group's own."""
+        """Apply AdamW's decay to layers that take their strength from their param group."""
         s = self._options(layers).lr * self._options(layers).weight_decay
         active = self._active(layers, self._no_stats(layers), self._flags)
         from_group = [self._binding.options[fqn].weight_decay is None for fqn in layers.fqns]

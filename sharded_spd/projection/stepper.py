@@ -1,7 +1,7 @@
-"""The steps of a projector: what is bound is carried through them, on all ranks or on none.
+"""The steps of a projector: each is finished on all ranks or on none.
 
-`before_step` and `after_step` stand around the base optimizer's own step. What fails on one rank between two
-reductions is kept, and told in the next one.
+`before_step` and `after_step` surround the base optimizer's own step. A failure on one rank between two
+reductions is kept, and reported in the next one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sharded_spd.projection.step import Step
 from sharded_spd.sharding.layout import BoundShard
 
 Plans = dict[tuple[str, ...], StepPlan]
-"""By the layers that step together."""
+"""Plans by the layers that step together."""
 
 Calls = dict[Optimizer, list[StepPlan]]
-"""Of each optimizer, the plans of its calls within one engine step, in their order."""
+"""For each optimizer, the plans of its calls within one engine step, in order."""
 
 
 class Stepper:
-    """Steps of one engine's optimizers under way; `per_step`: one reduction for all of an engine step."""
+    """Runs the steps of one engine's optimizers; `per_step`: one reduction per engine step."""
 
     def __init__(self, adapter: EngineAdapter, monitor: Monitor, *, per_step: bool) -> None:
         self._adapter = adapter
@@ -48,9 +48,9 @@ class Stepper:
         self._failure: Exception | None = None
 
     def _clear(self) -> None:
-        """Drop what is bound and under way."""
-        for own in (self._steps, self._waiting, self._verdicts, self._calls, self._plans):
-            own.clear()
+        """Drop the binding and the steps under way."""
+        for container in (self._steps, self._waiting, self._verdicts, self._calls, self._plans):
+            container.clear()
         self._binding = None
 
     @property
@@ -60,7 +60,7 @@ class Stepper:
 
     @property
     def meets(self) -> bool:
-        """Whether ranks sum over each other in a step."""
+        """Whether a step sums over ranks."""
         return self._binding is not None and bool(self._binding.layout.scopes)
 
     def _require(self) -> Binding:
@@ -77,7 +77,7 @@ class Stepper:
         plans: Plans,
         renamed: Mapping[str, str],
     ) -> StepPlan:
-        """The one of `plans` for these shards; one that is made now (and added) takes over their state."""
+        """The plan in `plans` for these shards; a new one is added and takes over the layers' state."""
         fqns = tuple(piece.layer for shard in shards for piece in shard.slices)
         if fqns not in plans:
             device = shards[0].tensor.device if shards else torch.device("cpu")
@@ -91,14 +91,14 @@ class Stepper:
     def before_step(
         self, optimizer: Optimizer, *, sums_later: bool = False, base_decays: Set[int] = frozenset()
     ) -> Step | None:
-        """Take the statistics before `optimizer` steps; its gradients must be there.
+        """Take the statistics before `optimizer` steps; its gradients must be ready.
 
-        What fails on this rank is raised here where no rank waits for it, else once all ranks know: at the
-        first reduction of the step. With `sums_later` the caller takes the sums, of the step that comes back
-        (None: unbound). `base_decays` are the ids of param groups whose decay the base step does itself.
+        A failure on this rank is raised here if no rank waits for it, else when all ranks know: at the first
+        reduction of the step. With `sums_later` the caller takes the sums of the returned step (None:
+        unbound). `base_decays` are the ids of the param groups that the base step decays itself.
 
         Raises:
-            BindingError: unbound with gradients, or a parameter that was swapped or added since `bind()`.
+            BindingError: unbound with gradients, or a parameter was swapped or added since `bind()`.
         """
         if self._binding is None:
             if self._failure is not None:
@@ -126,7 +126,7 @@ class Stepper:
         return step
 
     def _begin(self, optimizer: Optimizer) -> tuple[Step, Sequence[BoundShard]]:
-        """A step of what `optimizer` holds now; where that cannot be told, of what it is expected to step."""
+        """A step of the shards that `optimizer` holds now; if they are unknown, of those it should step."""
         failure, shards = self._failure, []
         calls = self._calls.get(optimizer, [])
         plan = calls[self._turns.get(optimizer, 0) % len(calls)] if calls else None
@@ -134,7 +134,7 @@ class Stepper:
             if failure is None:
                 shards = list(self._adapter.bind(optimizer, grads=True))
                 plan = self._plan_of(shards)
-        except Exception as error:  # told to the other ranks in the step's reduction
+        except Exception as error:  # reported in the step's reduction
             failure = error
         if plan is None:
             raise failure or BindingError(f"this {type(optimizer).__name__} was not bound; call bind()")
@@ -150,12 +150,12 @@ class Stepper:
         if fqns not in self._plans and self._require().layout.scopes:
             raise BindingError(
                 f"the optimizer steps {len(fqns)} layers that it did not step together when the anchors were "
-                "bound: a param group was added, taken away or changed; call bind() on every rank"
+                "bound: a param group was added, removed or changed; call bind() on every rank"
             )
         return self._plan(shards, self._require(), self._plans, {})
 
     def _start(self, step: Step) -> None:
-        """Reduce what is needed ahead of the base step, if anything is."""
+        """Reduce what the step needs ahead of the base step, if anything."""
         if not step.starts:
             return
         heard = reduce_together_([step.early_reduction()])
@@ -168,11 +168,11 @@ class Stepper:
         """Finish what `before_step` began: reduce, find s, pull; log where it is due.
 
         Raises:
-            AnchorError: at the first real step, where weights were loaded after the snapshot; and at all
-            later ones.
-            BindingError: where the optimizer stepped without `before_step`: it never called its closure.
-            ConfigError: where learning rate, lambda or bound differ between ranks that share a layer.
-            What failed on any rank that shares a layer; on the others with that rank's number.
+            AnchorError: weights were loaded after the snapshot; at the first real step, and at all later
+            ones.
+            BindingError: the optimizer stepped without `before_step`: it never called its closure.
+            ConfigError: learning rate, lambda or pull limit differ between ranks that share a layer.
+            The failure of any rank that shares a layer; other ranks name that rank.
         """
         binding = self._binding
         if binding is None:
@@ -189,7 +189,7 @@ class Stepper:
         step.add_after()
         self._waiting.append(step)
         last = self._adapter.boundary(optimizer)
-        # Without a scope there is nothing to be reduced, and so nothing to wait for.
+        # Without a scope there is nothing to reduce, and so nothing to wait for.
         if last or not self._per_step or not binding.layout.scopes:
             self._project()
         if last:
@@ -197,7 +197,7 @@ class Stepper:
             self._monitor.step(list(self._plans.values()), binding.norms)
 
     def break_off(self, optimizer: Optimizer, error: Exception) -> NoReturn:
-        """Raise `error`, which keeps this rank from finishing its step, on every rank that waits for it.
+        """Raise `error`, which stops this rank's step, on every rank that waits for it.
 
         Raises:
             The first error of this step on this rank.
@@ -214,7 +214,7 @@ class Stepper:
         raise step.failure or error
 
     def _finish_with(self, *broken: Step, now: bool = False) -> None:
-        """Reduce what waits with `broken`, and what the other ranks have stepped by the time they reduce."""
+        """Reduce the waiting steps with `broken`, and those that other ranks will have taken by then."""
         self._waiting += broken
         if self._per_step:
             done = {id(step.plan) for step in self._waiting}
@@ -231,11 +231,11 @@ class Stepper:
         self._project(now=now)
 
     def _project(self, *, now: bool = False) -> None:
-        """Settle the inner steps that wait, by one reduction."""
+        """Finish the waiting inner steps with one reduction."""
         steps, self._waiting = self._waiting, []
         try:
             heard = reduce_together_([step.reduction() for step in steps])
-            evidence = [found for step in steps if step.guarded and (found := step.evidence())]
+            evidence = [entry for step in steps if step.guarded and (entry := step.evidence())]
             self._hear(heard, evidence, steps, now=now)
             self._pull(steps, told=bool(heard))
             for step in steps:
@@ -250,7 +250,7 @@ class Stepper:
             self._adapter.rewrite([shard for step in steps[:-1] for shard in step.shards])
 
     def _pull(self, steps: Sequence[Step], *, told: bool) -> None:
-        """Find s and pull. What fails here on one rank is `told` to the others, if at all, a step later."""
+        """Find s and pull. With `told`, a failure here is reported to the other ranks a step later."""
         try:
             for step in steps:
                 if step.failure is None:
@@ -268,13 +268,13 @@ class Stepper:
         *,
         now: bool = False,
     ) -> None:
-        """Raise what any rank has said; on a GPU when the next step begins, unless it has to be `now`."""
+        """Raise what any rank reported; on a GPU when the next step begins, unless `now`."""
         failures = sorted((step for step in steps if step.failure is not None), key=lambda step: step.absent)
         if not heard and not evidence and not failures:
             return
         failure = failures[0].failure if failures else None
-        told = [h.words for h in heard] + [e.rows for e in evidence]
-        if told and not (told[0].is_cuda and _is_capturing()):
+        numbers = [h.words for h in heard] + [e.rows for e in evidence]
+        if numbers and not (numbers[0].is_cuda and _is_capturing()):
             verdict = Verdict(heard, evidence, self._require().unverified)
             if now or not verdict.late:
                 self._read(
@@ -283,7 +283,7 @@ class Stepper:
                 return
             self._verdicts.append(verdict)
         if failure is not None:
-            if not heard and self.meets:  # told in the next reduction
+            if not heard and self.meets:  # reported in the next reduction
                 self._failure = failure
             raise failure
 
@@ -295,9 +295,9 @@ class Stepper:
             raise
 
     def _catch_up(self, optimizer: Optimizer | None = None) -> None:
-        """Finish what is under way, before something that reads or changes it; collective if anything is.
+        """Finish the steps under way before something reads or changes them; collective if there are any.
 
-        `optimizer` is about to step: what waits of others then goes on waiting.
+        With `optimizer`, which is about to step, the steps of others go on waiting.
         """
         if self._binding is None:
             return
@@ -310,18 +310,18 @@ class Stepper:
             for step in broken:
                 del self._steps[step.optimizer]
                 if step.failure is None:
-                    text = "began a step that an exception ended, and that another rank has finished"
+                    text = "began a step that an exception ended, but another rank finished it"
                     step.fail(BindingError(f"{type(step.optimizer).__name__} {text}"), absent=True)
             broken = [step for step in broken if step.meets]
         if broken:
             self._finish_with(*broken, now=True)
-        # Of an optimizer that is called several times in an engine step, another part is to step.
+        # An optimizer that is called several times per engine step now steps another part.
         again = len(self._calls.get(optimizer, ())) == 1 if optimizer is not None else True
         if again and any(optimizer in (None, step.optimizer) for step in self._waiting):
             self._project()
 
     def _meet(self, what: str) -> None:
-        """Make sure that the ranks that share layers all do `what`, and none takes a step instead."""
+        """Check that all ranks that share layers do `what`, and none takes a step instead."""
         binding = self._binding
         if binding is None:
             return
@@ -329,7 +329,7 @@ class Stepper:
         step = next((step for step in steps if step.meets), None)
         if step is None:
             return
-        step.fail(BindingError(f"{what}, and another rank took a step; do it on every rank"), absent=True)
+        step.fail(BindingError(f"{what} while another rank took a step; do it on every rank"), absent=True)
         if step.starts:
             self._hear(reduce_together_([step.early_reduction()]), [], [step], now=True)
         elif self._per_step:
@@ -339,5 +339,5 @@ class Stepper:
 
 
 def _is_capturing() -> bool:
-    """Whether a CUDA graph is captured: the host must not ask for an event then."""
+    """Whether a CUDA graph is being captured: the host must not query an event then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

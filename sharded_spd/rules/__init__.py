@@ -44,7 +44,7 @@ _RULES: dict[str, type[Rule]] = {
 
 
 def register(rule: _R) -> _R:
-    """Make a rule of your own known by its `name`, for configurations and param groups; a class decorator.
+    """Register your own rule by its `name`, for configurations and param groups; a class decorator.
 
     Every process that reads the configuration has to do it, before it does.
 
@@ -63,12 +63,12 @@ def register(rule: _R) -> _R:
         raise ConfigError(
             f"got {rule.__qualname__} named {name!r}; {known.__qualname__} has that name, choose another"
         )
-    _RULES[name] = rule  # the same once more, where a notebook's cell runs again
+    _RULES[name] = rule  # or the same again, when a notebook cell is rerun
     return rule
 
 
 def make_rule(rule: str | Rule, options: Mapping[str, Any] | None = None) -> Rule:
-    """The rule of that name made with `options`; an instance is returned as it is.
+    """The rule of that name, created with `options`; an instance is returned as it is.
 
     Raises:
         ConfigError: for an unknown name or an unknown option, with the nearest known one; for an option that

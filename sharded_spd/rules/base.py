@@ -1,6 +1,6 @@
-"""The seam for rules: what statistics a rule needs, and how reduced statistics become the pull s.
+"""The interface of rules: the statistics that a rule needs, and how they become the pull s once reduced.
 
-A rule sees the layers that it governs as columns `[num_layers]` (their rows, concatenated, as `[num_rows]`),
+A rule sees its layers as columns `[num_layers]` (their rows, concatenated, as `[num_rows]`),
 already summed over all ranks. It knows no engine and calls no collective.
 """
 
@@ -19,9 +19,9 @@ from sharded_spd.rules.statistics import Block, Statistic
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """What a rule may know of a layer beforehand.
+    """What a rule may know about a layer in advance.
 
-    `order` names all layers in the model's order, the same on every rank; empty where no rank knows it.
+    `order` names all layers in the model's order, the same on every rank; empty if no rank knows it.
     """
 
     fqn: str
@@ -31,19 +31,19 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSpec:
-    """What the projector has to provide for a rule; what is not declared is not paid for.
+    """What the projector must provide for a rule; what a rule does not declare costs nothing.
 
     Attributes:
         before: statistics summed before the base step (`Block.grad` may be read).
         after: statistics summed after the base step (`Block.delta` is then w~ - w0).
         granularity: the shape of s: a number per layer, per row, or (from `pull_elements`) per element.
         when: whether the pull comes after the base step, or before it, as decoupled weight decay does.
-        anchored: False for a rule that pulls toward zero and never looks at the anchor.
+        anchored: False for a rule that pulls toward zero and never reads the anchor.
         pulls: False for a rule that leaves the base optimizer alone.
         keeps_w: keep a copy of w over the base step (`Block.kept`, `Block.update`, `Block.kept_delta`).
         pulls_kept: granularity "element", with `keeps_w`: the pull is w <- w~ - s * (w - w0).
-        decays: for a rule that has no strength: the param group's weight_decay is AdamW's decay, done before
-            the base step. Where a configuration sets lambda (`attach`), the base has a decay of its own.
+        decays: for a rule without a strength: the param group's weight_decay is AdamW's decay, applied before
+            the base step. If a configuration sets lambda (`attach`), the base has its own decay.
         edits_grad: reduce `before` ahead of the base step and let `edit_grad` change the gradient.
         layer_state: names of replicated float64 state, one number per layer, made by `prepare`.
         shard_state: names of state shaped like the weights, kept per shard, zero at first.
@@ -80,7 +80,7 @@ class Stats:
     row_lengths: Tensor
 
     def to_rows(self, per_layer: Tensor) -> Tensor:
-        """Repeat a number per layer for each of its rows: `[num_layers]` -> `[num_rows]`."""
+        """Repeat each layer's number for each of its rows: `[num_layers]` -> `[num_rows]`."""
         return torch.repeat_interleave(per_layer, self.row_lengths, output_size=self._num_rows)
 
     def over_rows(self, per_row: Tensor, how: Literal["sum", "max"]) -> Tensor:
@@ -91,12 +91,12 @@ class Stats:
     def _num_rows(self) -> int:
         rows = [x.numel() for s, x in {**self.before, **self.after}.items() if s.per == "row"]
         if not rows:
-            raise RuntimeError("a rule that works per row has to declare a statistic per row")
+            raise RuntimeError("a rule that works per row must declare a statistic per row")
         return rows[0]
 
 
 RowValues = Callable[[Tensor], Tensor]
-"""Expands a rule's per-row values `[num_rows]` to the elements of the block at hand."""
+"""Expands a rule's per-row values `[num_rows]` to the elements of the current block."""
 
 
 class Rule(Protocol):
@@ -109,7 +109,7 @@ class Rule(Protocol):
     spec: ClassVar[RuleSpec]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """A rule of the release before has `shrink` for `pull`: it works on, and warns."""
+        """Accept, with a warning, the previous release's name `shrink` for `pull`."""
         super().__init_subclass__(**kwargs)
         for old, new in (("shrink", "pull"), ("shrink_elements", "pull_elements")):
             if old in vars(cls) and new not in vars(cls):
@@ -121,14 +121,14 @@ class Rule(Protocol):
                 setattr(cls, new, vars(cls)[old])
 
     def prepare(self, layers: Sequence[LayerInfo]) -> Mapping[str, Tensor]:
-        """First values of `spec.layer_state`, float64 `[num_layers]` each, on the CPU."""
+        """Initial values of `spec.layer_state`, float64 `[num_layers]` each, on the CPU."""
         return {name: torch.zeros(len(layers), dtype=torch.float64) for name in self.spec.layer_state}
 
     def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
         """S, float64 `[num_layers]` or `[num_rows]`; new state goes into `state`; never in place.
 
-        What comes out non-finite, or for a layer that does not step (no gradient, lr 0, skipped by a gradient
-        scaler), is replaced by 0 and its state kept as it was.
+        A result that is not finite, or of a layer that does not step (no gradient, lr 0, skipped by a
+        gradient scaler), is replaced by 0, and its state stays unchanged.
         """
         ...
 
@@ -145,7 +145,7 @@ class Rule(Protocol):
         return {}
 
     def edit_grad(self, block: Block, plan: Mapping[str, Tensor]) -> Tensor:
-        """The gradient that the base shall see, float64; `plan` has this layer's coefficients, 0-d."""
+        """The gradient for the base optimizer, float64; `plan` has this layer's coefficients, 0-d."""
         raise NotImplementedError(f"rule {self.name!r} declares edits_grad but defines no edit_grad")
 
     def next_shard_state(self, block: Block, stats: Stats, rows: RowValues) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""DiGraP (arXiv 2502.15895, ICLR 2025): takes from the gradient what leads away from the anchor."""
+"""DiGraP (arXiv 2502.15895, ICLR 2025): removes from the gradient what leads away from the anchor."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DiGraP(Rule):
         return block.grad - plan["amount"] * block.delta
 
     def pull(self, stats: Stats, state: MutableMapping[str, Tensor], options: Options) -> Tensor:
-        """No pull: the gradient is all that is changed."""
+        """No pull: only the gradient changes."""
         return torch.zeros_like(options.lr)
 
     def next_shard_state(self, block: Block, stats: Stats, rows: RowValues) -> Mapping[str, Tensor]:

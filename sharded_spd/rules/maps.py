@@ -63,7 +63,7 @@ class MAPS(SPD):
                 "model's layers, each once: [name for name, _ in model.named_parameters()]"
             )
         object.__setattr__(self, "order", names)
-        # Compared between ranks in place of the names, for each layer.
+        # Ranks compare this in place of the names, for each layer.
         object.__setattr__(self, "order_digest", sha256("\n".join(names).encode()).hexdigest()[:16])
 
     def prepare(self, layers: Sequence[LayerInfo]) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How a slice falls into the rows of its layer, sums per row, and back from rows to elements."""
+"""How a slice splits into the rows of its layer, sums per row, and back from rows to elements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def row_count(shape: tuple[int, ...]) -> int:
 
 
 def row_spans(piece: ShardSlice, shape: tuple[int, ...]) -> list[RowSpan]:
-    """How a slice falls into rows: at most a partial row, whole rows, and another partial row."""
+    """How a slice splits into rows: at most a partial row, full rows, and another partial row."""
     if piece.numel == 0:
         return []
     if len(shape) <= 1:

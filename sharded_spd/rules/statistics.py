@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 16
-"""Elements that are worked on at a time: bounds the float64 temporaries to 512 KiB each."""
+"""Elements processed at a time: limits float64 temporaries to 512 KiB each."""
 
 _BLOCK = 4096
 """Elements of one partial sum. Below torch's grain size (32,768), so that one thread adds up each partial
@@ -53,7 +53,7 @@ class Block:
 
     @property
     def grad(self) -> Tensor:
-        """The gradient of what is minimised, float64: unscaled, its sign turned under `maximize`."""
+        """The gradient of the minimised loss, float64: unscaled, negated under `maximize`."""
         if self.raw_grad is None:
             raise RuntimeError(
                 "this block has no gradient: a rule may read gradients only before the base step"
@@ -119,7 +119,7 @@ def fixed_sum(x: Tensor) -> Tensor:
 
 
 def layer_sums(blocks: Iterator[Block], statistics: tuple[Statistic, ...]) -> list[Tensor]:
-    """The local part of each statistic over the blocks of one slice, 0-d float64 each."""
+    """The local sum of each statistic over the blocks of one slice, 0-d float64 each."""
     totals: list[Tensor] = []
     for block in blocks:
         sums = [fixed_sum(s.term(block)) for s in statistics]

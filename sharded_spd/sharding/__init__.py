@@ -1,1 +1,1 @@
-"""Which elements of which layer a rank holds, and how ranks agree."""
+"""Which elements of which layer a rank holds, and how ranks reach agreement."""

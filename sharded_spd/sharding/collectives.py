@@ -1,4 +1,4 @@
-"""What ranks have to tell each other: a failure that only one can see, entries that only one has."""
+"""How ranks exchange what only one of them knows: failures and entries."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def agree(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
 def agree_and_tell(
     action: Callable[[], T], groups: Sequence[ProcessGroup], tell: Callable[[T], Mapping[str, str]]
 ) -> tuple[T, dict[str, list[str]]]:
-    """The same, and what the ranks `tell` of their results: for each key the different values of all of them.
+    """The same, and also the words that ranks `tell` of their results: for each key, all distinct values.
 
     Raises:
         The rank's own exception; on the other ranks one of the same kind that names the failing rank.
@@ -68,7 +68,7 @@ def agree_and_tell(
 
 
 def told_of(failure: Exception | None) -> list[Failure]:
-    """What a rank tells the others of its failure."""
+    """The report of a rank's failure to the others."""
     if failure is None:
         return []
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -88,20 +88,20 @@ def raise_first(own: Exception | None, failures: Sequence[Failure]) -> None:
         raise _KINDS.get(kind, RuntimeError)(f"rank {rank} failed: {text}")
 
 
-def flood(own: list[E], groups: Sequence[ProcessGroup]) -> list[E]:
-    """The entries, such as failures, of all ranks that `groups` connect, sorted, each once.
+def flood(entries: list[E], groups: Sequence[ProcessGroup]) -> list[E]:
+    """The entries, such as failures, of all ranks that `groups` connect, sorted and without duplicates.
 
-    Every rank takes its groups in the order of their ranks, so that none waits for one that waits for it.
-    Forth and back, so that word also reaches ranks that share no group with the one that failed; back only
-    where a member has another group, as all members know after the first time.
+    Every rank visits its groups in the order of their ranks, which avoids deadlocks. It goes forth and back,
+    so that entries also reach ranks that share no group with their origin; back only for groups with a member
+    in another group, as all members know after the first pass.
     """
-    found = own
+    found = entries
     ordered = sorted(groups, key=dist.get_process_group_ranks)
     twice = []
     for group in ordered:
         gathered: list[tuple[int, list[E]]] = [(0, []) for _ in range(group.size())]
         dist.all_gather_object(gathered, (len(ordered), found), group=group)
-        found = _merged([entries for _, entries in gathered])
+        found = _merged([theirs for _, theirs in gathered])
         if any(num_groups > 1 for num_groups, _ in gathered):
             twice.append(group)
     for group in reversed(twice):
@@ -116,7 +116,7 @@ def _merged(lists: Sequence[list[E]]) -> list[E]:
 
 
 def union(own: Mapping[str, T], group: ProcessGroup | None) -> dict[str, T]:
-    """The entries of all ranks of `group`; this rank's alone where there is none."""
+    """The entries of all ranks of `group`; only this rank's if there is no group."""
     if group is None:
         return dict(own)
     gathered: list[Mapping[str, T]] = [{} for _ in range(group.size())]
@@ -125,36 +125,36 @@ def union(own: Mapping[str, T], group: ProcessGroup | None) -> dict[str, T]:
 
 
 def difference(layout: ShardLayout, facts: Mapping[str, Mapping[str, object]]) -> Exception | None:
-    """What keeps a scope from having the same layers on all its ranks, alike, in one order; None: nothing.
+    """The error if a scope's ranks differ in their layers, their facts or their order; None: they agree.
 
-    Sums go by position. Collective over the scopes; what is found is to be raised on all ranks.
+    Sums go by position. Collective over the scopes; the caller must raise the error on all ranks.
 
     Args:
         layout: this rank's layers and scopes.
-        facts: of each layer, what has to be the same on all ranks that sum it, by what it is called.
+        facts: by layer and name, the facts that must be the same on all ranks that sum the layer.
     """
     order = tuple(tuple(dist.get_process_group_ranks(scope.group)) for scope in layout.scopes)
     places = {fqn: [scope for scope in layout.scopes if fqn in scope.layers] for fqn in layout.fqns}
     found: list[Exception] = []
     for scope in sorted(layout.scopes, key=lambda scope: dist.get_process_group_ranks(scope.group)):
         members = set(scope.layers)
-        own = [
+        described = [
             (fqn, {**facts[fqn], "place among the groups that split it": places[fqn].index(scope)})
             for fqn in layout.fqns
             if fqn in members
         ]
         digests: list[tuple[str, Any]] = [("", ())] * scope.group.size()
-        digest = md5(repr(own).encode(), usedforsecurity=False).hexdigest()
+        digest = md5(repr(described).encode(), usedforsecurity=False).hexdigest()
         dist.all_gather_object(digests, (digest, order), group=scope.group)
         ranks = dist.get_process_group_ranks(scope.group)
         if len({digest for digest, _ in digests}) > 1:
             lists: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in digests]
-            dist.all_gather_object(lists, own, group=scope.group)
+            dist.all_gather_object(lists, described, group=scope.group)
             found.append(_difference(lists, ranks))
         elif not all(_same_order(order, theirs) for _, theirs in digests):
             found.append(
                 errors.BindingError(
-                    "the process groups that split the layers stand in another order on some of the ranks "
+                    "the process groups that split the layers are in another order on some of the ranks "
                     f"{ranks}; give all ranks the same parameters in the same order"
                 )
             )
@@ -162,7 +162,7 @@ def difference(layout: ShardLayout, facts: Mapping[str, Mapping[str, object]]) -
 
 
 def _same_order(own: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> bool:
-    """Whether the scopes that two ranks have in common follow one another alike."""
+    """Whether two ranks have their common scopes in the same order."""
     return [s for s in own if s in theirs] == [s for s in theirs if s in own]
 
 
@@ -172,14 +172,14 @@ def _difference(lists: Sequence[Sequence[tuple[str, dict[str, Any]]]], ranks: Se
         for lacks, others in zip(ranks, names, strict=True):
             if missing := set(theirs) - set(others):
                 return errors.BindingError(
-                    f"the optimizer of rank {lacks} has no layer {min(missing)!r}, that of rank {has} has: "
-                    "give every rank the same parameters, also those of which it holds nothing (numel 0)"
+                    f"the optimizer of rank {lacks} has no layer {min(missing)!r}, that of rank {has} does: "
+                    "give every rank the same parameters, including those it holds nothing of (numel 0)"
                 )
     for rank, entries in zip(ranks, lists, strict=True):
         for (fqn, first), (other, now) in zip(lists[0], entries, strict=True):
             if fqn != other:
                 return errors.BindingError(
-                    "the optimizers' parameters stand in another order on some ranks; give all ranks the "
+                    "the optimizers' parameters are in another order on some ranks; give all ranks the "
                     "same order"
                 )
             for name in first:

@@ -39,14 +39,14 @@ class ShardSlice:
 
 @dataclass(slots=True, eq=False)
 class BoundShard:
-    """What the base optimizer updates on this rank, now. An engine may hand out the same one in every step.
+    """One tensor that the base optimizer updates on this rank. An engine may reuse it in every step.
 
-    `slices` has one entry per layer of the tensor on every rank, with `numel` 0 where this rank holds nothing
-    of it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's
-    live group; `has_state` says whether the base optimizer has stepped this tensor before. `origin` is what
-    the tensor was made of, in the same order, where a snapshot is to be taken from that: low-precision
-    weights below their float32 master. `owner` is the optimizer's own tensor, whose memory `tensor` shares;
-    `key` the one under which it keeps its state, unless that is vouched for.
+    `slices` has one entry per layer of the tensor on every rank, with `numel` 0 if this rank holds nothing of
+    it, so that the layers of a step are the same on all ranks of a scope. `param_group` is the optimizer's
+    live group; `has_state`: whether the base optimizer has stepped this tensor before. `origin`, if set, is
+    the source of the tensor, in the same order, to take snapshots from: the low-precision weights of a
+    float32 master. `owner` is the optimizer's own tensor, which shares its memory with `tensor`; `key` is the
+    key of its optimizer state, unless a checkpoint vouches for that.
     """
 
     tensor: torch.Tensor
@@ -69,10 +69,10 @@ class Scope:
 
 
 class Loader(Protocol):
-    """How the library that a model is from reads its files."""
+    """How a model's library reads its files."""
 
     def rename(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """The model's name of each tensor of a file; and those that are made of others, and how."""
+        """The model's name of each tensor of a file; and the tensors that are made from others, and how."""
         ...
 
     def ignores(self, name: str) -> bool:
@@ -80,17 +80,17 @@ class Loader(Protocol):
         ...
 
     def loaded_from(self, root: Path) -> bool:
-        """Whether the model was loaded from this very place."""
+        """Whether the model was loaded from this path."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model tells of its layers beside their shapes, the same on all ranks.
+    """Facts about a model's layers beside their shapes, the same on all ranks.
 
-    `ties`: the other names of a layer that is shared. `tables`: layers with a row per token (or class of
-    tokens), which grow and shrink with the vocabulary. `adapters`: how each adapter was initialised;
-    `adapter_parts`: what their parameters are called. `loader`: of the library that the model is from.
+    `ties`: the other names of a tied layer. `tables`: layers with a row per token (or class of tokens), which
+    grow and shrink with the vocabulary. `adapters`: how each adapter was initialised; `adapter_parts`: the
+    names of their parameters. `loader`: that of the model's library.
     """
 
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -104,12 +104,12 @@ class ModelFacts:
 class ShardLayout:
     """All layers of an engine, in model order, identical on all ranks of each scope.
 
-    A layer that is split along two mesh axes stands in two scopes, which are summed one after the other.
-    `model_fqns` are all the model's names, also of what no optimizer holds; empty where no model was given.
-    `renamed` tells which layers had another name in the layout before this one. `everywhere` is the group of
-    all ranks where some have layers that others have not (experts, optimizers that share the parameters out),
-    else None; `elsewhere` are the layers that only others have. `stage`: the model is a part of a pipeline's.
-    `facts` are the model's own.
+    A layer that is split along two mesh axes is in two scopes, which are summed one after the other.
+    `model_fqns` are all the model's names, even of parameters that no optimizer holds; empty without a model.
+    `renamed` maps layers' names in the previous layout to new ones. `everywhere` is the group of all ranks if
+    some have layers that others lack (experts, optimizers that partition the parameters), else None;
+    `elsewhere` are the layers that only others have. `stage`: the model is one stage of a pipeline. `facts`
+    are the model's.
     """
 
     fqns: tuple[str, ...]
@@ -124,7 +124,7 @@ class ShardLayout:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """All layers in the model's order, the same on every rank; empty where only the model could tell."""
+        """All layers in the model's order, the same on every rank; empty if only the model would know it."""
         if self.stage:
             return ()
         return self.model_fqns or (self.fqns if self.everywhere is None else ())

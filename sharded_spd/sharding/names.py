@@ -12,18 +12,18 @@ from sharded_spd.errors import AnchorError, ConfigError
 _WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fpw_module", "_fsdp_wrapped_module", "_orig_mod"})
 _DDP = "module."
 _PEFT = "base_model.model."
-# A module that PEFT trains whole: its copy and its original both started from the checkpoint's tensor.
+# A module that PEFT trains in full: its copy and its original both start from the checkpoint's tensor.
 _PEFT_COPY = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
 _PEFT_BASE = re.compile(r"\.base_layer(?=\.)")
-# Of a model that PEFT wraps below the top, or wraps again.
+# A model that PEFT wraps below the top, or wraps twice.
 _PEFT_WITHIN = re.compile(r"(?:(?<=\.)|^)base_model\.model\.")
 
 
 def check_rules(rules: object) -> dict[str, str]:
-    """A mapping of patterns on layers' names to the names in a file, as `names` in the settings.
+    """Check a mapping of patterns on layers' names to names in a file, as `names` in the settings.
 
     Raises:
-        ConfigError: it is none, or one of its patterns or replacements is not valid.
+        ConfigError: it is not a mapping, or one of its patterns or replacements is invalid.
     """
     if not isinstance(rules, Mapping):
         raise ConfigError(f"names: wanted a mapping of patterns to names in the file, got {rules!r:.100}")
@@ -45,7 +45,7 @@ def check_rules(rules: object) -> dict[str, str]:
 
 
 def apply_rules(name: str, rules: Mapping[str, str]) -> str:
-    """What the first pattern that matches the whole `name` makes of it; `name` where none does."""
+    """Rename by the first pattern that matches all of `name`; unchanged if none does."""
     for pattern, replacement in rules.items():
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -61,13 +61,13 @@ def shown_rule(pattern: str, replacement: str) -> str:
 def clean_fqn(name: str) -> str:
     """Drop the components that wrappers insert anywhere: FSDP1, fairscale, torch.compile, checkpointing.
 
-    `module.` and PEFT's names stay, because a user's own submodule may be called so; see `match_names`.
+    `module.` and PEFT's names stay, since a user's submodule may have such a name; see `match_names`.
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def clean_fqns(names: Sequence[str]) -> list[str]:
-    """Drop what wrappers insert, and the `module.` and `base_model.model.` that all names begin with.
+    """Drop what wrappers insert, and `module.` or `base_model.model.` if all names begin with it.
 
     So a layer has the same name under every engine. A model's own submodule `module` loses its name only if
     it holds everything.
@@ -82,13 +82,13 @@ def clean_fqns(names: Sequence[str]) -> list[str]:
 def match_names(wanted: Sequence[str], available: Collection[str]) -> dict[str, str]:
     """Find the checkpoint's name of each wanted layer; a layer that it lacks is not in the result.
 
-    Tried in this order, the first that holds wins: the exact name; the name without wrappers; without what
-    DDP and PEFT put in (`module.` only where every name begins with it); and, for layers that are still
-    missing, one leading component more or less, as between a Hugging Face model and its base model, if a
-    single such change explains more layers than the names as they are.
+    The first match wins: the exact name; the name without wrappers; the name without the components of DDP
+    and PEFT (`module.` only if every name begins with it). Layers still missing are matched with one leading
+    component more or less, as between a Hugging Face model and its base model, if a single such change
+    explains more layers than the unchanged names.
 
     Raises:
-        AnchorError: a layer could be several tensors, or several layers would be the same tensor.
+        AnchorError: a layer matches several tensors, or several layers match the same tensor.
     """
     found = {name: name for name in wanted if name in available}
     cleaned = {name: clean_fqn(name) for name in available}
@@ -103,7 +103,7 @@ def match_names(wanted: Sequence[str], available: Collection[str]) -> dict[str, 
 
 
 def _plain(names: Collection[str]) -> dict[str, str]:
-    """Each name without all that wrappers, DDP and PEFT put in."""
+    """Each name without the components that wrappers, DDP and PEFT insert."""
     plain = {name: clean_fqn(name) for name in names}
     while plain and all(value.startswith(_DDP) for value in plain.values()):
         plain = {name: value.removeprefix(_DDP) for name, value in plain.items()}
@@ -114,7 +114,7 @@ def _plain(names: Collection[str]) -> dict[str, str]:
 
 
 def _join(found: dict[str, str], wanted: Mapping[str, str], available: Mapping[str, str]) -> None:
-    """Add to `found` (modified in place) the layers whose key is that of one available tensor."""
+    """Add to `found` (modified in place) the layers with the key of a single available tensor."""
     by_key = _grouped(available)
     for name, key in wanted.items():
         if name in found or key not in by_key:
@@ -134,7 +134,7 @@ def _by_base_prefix(
     found: Mapping[str, str],
     available: Mapping[str, str],
 ) -> dict[str, str]:
-    """Match by one leading component more or less, the same for all layers that it concerns."""
+    """Match with one leading component more or less, the same for all layers concerned."""
     by_key = {key: names[0] for key, names in _grouped(available).items() if len(names) == 1}
     heads = {key.partition(".")[0] for key in by_key if "." in key}
     trials: dict[str, dict[str, str]] = defaultdict(dict)
@@ -167,7 +167,7 @@ def _by_base_prefix(
 
 
 def _refuse_shared(found: Mapping[str, str]) -> None:
-    """Raise if two layers would be one tensor, unless PEFT made one a copy of the other."""
+    """Raise if two layers match one tensor, unless PEFT made one a copy of the other."""
     for key, names in _grouped(found).items():
         if len({_PEFT_COPY.sub("", clean_fqn(name)) for name in names}) > 1:
             raise AnchorError(
@@ -177,7 +177,7 @@ def _refuse_shared(found: Mapping[str, str]) -> None:
 
 
 def _grouped(keys: Mapping[str, str]) -> dict[str, list[str]]:
-    """Names by their key."""
+    """Group names by key."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name, key in keys.items():
         groups[key].append(name)

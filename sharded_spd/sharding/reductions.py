@@ -16,19 +16,19 @@ def sum_over_scopes_(per_layer: Tensor, fqns: Sequence[str], scopes: Sequence[Sc
     column = {fqn: i for i, fqn in enumerate(fqns)}
     for scope in scopes:
         columns = [column[fqn] for fqn in scope.layers if fqn in column]
-        part = per_layer[columns]
-        all_reduce_(part, scope.group)
-        per_layer[columns] = part
+        selected = per_layer[columns]
+        all_reduce_(selected, scope.group)
+        per_layer[columns] = selected
 
 
 def needs_device(group: ProcessGroup) -> bool:
-    """Whether the group sums only what is on its device, and nothing in host memory."""
+    """Whether the group only reduces tensors on its device, not in host memory."""
     backend = str(dist.get_backend_config(group))
     return "cpu" not in backend
 
 
 def all_reduce_(payload: Tensor, group: ProcessGroup) -> None:
-    """SUM over `group` (modified in place), on the device that the group's backend wants."""
+    """SUM over `group` (modified in place), on the device that the group's backend needs."""
     if payload.device.type == "cpu" and needs_device(group):
         on_device = payload.cuda()
         dist.all_reduce(on_device, group=group)

@@ -175,7 +175,7 @@ def _attached_already(trouble: Trouble) -> None:
     first = attach(base, model)
     if not trouble.here:
         first.detach()
-    trouble.told(lambda: attach(base, model), "attached to already")
+    trouble.told(lambda: attach(base, model), "already has a projector attached")
 
 
 def _no_optimizer(trouble: Trouble) -> None:

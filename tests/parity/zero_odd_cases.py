@@ -204,7 +204,9 @@ def wrong_targets(engine: Engine) -> None:
     for stage in (1, 3):
         training = ZeroTraining(tensors(dtype=torch.float32), SPD, Setting(stage=stage))
         made, base = training.engine, training.base
-        refused(engine, lambda made=made: attach(made), (UnsupportedError,), "attached to already")
+        refused(
+            engine, lambda made=made: attach(made), (UnsupportedError,), "already has a projector attached"
+        )
         training.projector.detach()
         refused(engine, lambda made=made: attach(made.optimizer), (UnsupportedError,), "DeepSpeed engine")
         refused(engine, lambda base=base: attach(base), (UnsupportedError,), r"attach\(engine\)")
