@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ def name_lost_ranks() -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT", "")
+            raise RankLost(
+                f"port {port} is in use, probably by another job on this machine; wanted a free one for this "
+                "job's ranks to meet at: set MASTER_PORT"
+            ) from error
         if not isinstance(error, dist.DistError) and not any(text in str(error) for text in _LOST):
             raise
         rank = os.environ.get("RANK", "0")
@@ -53,6 +60,13 @@ def name_lost_ranks() -> Iterator[None]:
             f"rank {rank} cannot continue: another rank has ended or does not answer; the last complete "
             "checkpoint is intact: the same command with --resume auto resumes from it"
         ) from error
+
+
+def free_port() -> str:
+    """A TCP port that nobody uses now, for a process that other ranks need not find."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

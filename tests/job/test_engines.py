@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sharded_spd.finetune.world import free_port
 from tests.job.commands import COMMAND, ROOT, environment, finished, metrics, results
 from tests.support.warm import python
 
@@ -67,6 +68,8 @@ def run(home: Path, tiny_job: Path) -> Callable[[str], Path]:
         if engine in LAUNCHERS:
             command = [str(ROOT / "launch" / LAUNCHERS[engine]), "2"]
         extra = {"PYTHONPATH": f"{ON_CPU}:{ROOT}"} if engine == "fairscale-fsdp" else {}
+        if engine in LAUNCHERS:
+            extra = {"MASTER_PORT": free_port()}  # another test may have a job on the launchers' default one
         finished(str(tiny_job), *settings, cache=home, command=command, extra=extra)
         return out
 

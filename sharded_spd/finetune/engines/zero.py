@@ -19,6 +19,7 @@ from sharded_spd.errors import ConfigError
 from sharded_spd.finetune.config import TrainConfig
 from sharded_spd.finetune.engines.base import Engine
 from sharded_spd.finetune.engines.zero_loading import partition
+from sharded_spd.finetune.world import free_port
 from sharded_spd.integrations.deepspeed import disable_shm_op, import_deepspeed
 
 _OURS = {
@@ -130,7 +131,8 @@ class DeepSpeed(Engine):
     def _set_up(self) -> None:
         if self.world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        for key, value in {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        alone = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        for key, value in alone.items():
             os.environ.setdefault(key, value)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import_deepspeed()
